@@ -1,0 +1,1 @@
+"""The data source that core offers: any torch Dataset or DataLoader."""

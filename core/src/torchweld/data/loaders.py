@@ -1,0 +1,207 @@
+"""Loaders over torch's DataLoader, and over any other iterable of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from torchweld.data.order import ShardedBatches
+from torchweld.errors import CheckpointError
+from torchweld.nesting import num_samples
+
+
+class TorchLoader:
+    """A map-style DataLoader, with a position that can be saved and taken up again.
+
+    The order is core's (``batches``: a function of seed and epoch) or the user's own sampler's.
+    For the latter, the random state in which the epoch began is part of the position.
+
+    Attributes:
+        note: what was decided about the user's DataLoader; empty for nothing.
+    """
+
+    owns_batches = True
+    on_device = False
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        batches: ShardedBatches | None = None,
+        *,
+        sharded: bool = False,
+        note: str = "",
+    ) -> None:
+        self._loader, self._batches = loader, batches
+        self.note = note
+        self.sharded = sharded or batches is not None
+        self.batch_size = _batch_size(loader, batches)
+        self.num_batches = len(loader)
+        self.num_samples = batches.num_samples if batches else None
+        self._epoch = self._start = self._position = 0
+        self._epoch_rng: dict[str, torch.Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._position = self._start
+        if self._batches is not None or self._start == 0:
+            self._epoch_rng = None if self._batches else self._capture()
+            return iter(self._loader) if self._batches is None else self._counted()
+        return self._resumed()
+
+    def samples(self, batch: Any) -> int:
+        """Real samples of ``batch``, the one just yielded."""
+        if self._batches is not None and self._batches.real[self._position - 1] == 0:
+            return 0
+        return num_samples(batch)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Make the next ``iter`` that epoch's, from that batch on."""
+        self._epoch, self._start = epoch, start_batch
+        if self._batches is not None:
+            self._batches.set_epoch(epoch, start_batch)
+            return
+        for part in (self._loader.dataset, self._loader.sampler, self._loader.batch_sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Who makes the order, and the random state that it began with."""
+        if self._batches is not None:
+            return {"order": "core"}
+        return {"order": "sampler", "epoch_rng": self._epoch_rng}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of an interrupted epoch.
+
+        Raises:
+            CheckpointError: the order was made in another way, so the rest of the epoch is unknown.
+        """
+        mine = "core" if self._batches is not None else "sampler"
+        if state["order"] != mine:
+            raise CheckpointError(
+                f"the interrupted epoch was ordered by {state['order']!r} and this run's data is by "
+                f"{mine!r} (a DataLoader in one process keeps its own sampler): resume on the "
+                "number of processes and with the data that the checkpoint was made with"
+            )
+        self._epoch_rng = state.get("epoch_rng")
+
+    def close(self) -> None:
+        """Nothing to stop: workers end with their iterator."""
+
+    def _counted(self) -> Iterator[Any]:
+        if 0 not in self._batches.real:  # type: ignore[union-attr]  # called with batches only
+            return iter(self._loader)
+        return self._count()
+
+    def _count(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._position += 1
+            yield batch
+
+    # ---- the user's own sampler, taken up in the middle of an epoch ---------------------------
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        parts = {"loader": self._loader, "sampler": self._loader.sampler}
+        found = {name: getattr(part, "generator", None) for name, part in parts.items()}
+        return {name: generator for name, generator in found.items() if generator is not None}
+
+    def _capture(self) -> dict[str, torch.Tensor]:
+        states = {name: g.get_state() for name, g in self._generators().items()}
+        return {"torch": torch.get_rng_state(), **states}
+
+    def _resumed(self) -> Iterator[Any]:
+        """The rest of the epoch, read without loading what came before.
+
+        The iterator of a DataLoader draws a base seed first and its sampler afterwards, from the
+        state in which the epoch began; the state of the interruption is put back when both are done.
+        """
+        if self._epoch_rng is None:
+            raise CheckpointError("the position inside the epoch is not in the checkpoint")
+        now = self._capture()
+        self._set(self._epoch_rng)
+        torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
+        rest = islice(iter(self._loader.batch_sampler or ()), self._start, None)
+        indices = list(rest)
+        loader = _over(self._loader, indices)
+        iterator = iter(loader)
+        self._set(now)
+        return iterator
+
+    def _set(self, states: Mapping[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["torch"])
+        for name, generator in self._generators().items():
+            generator.set_state(states[name])
+
+
+def _over(loader: DataLoader[Any], indices: list[Any]) -> DataLoader[Any]:
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=indices,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _batch_size(loader: DataLoader[Any], batches: ShardedBatches | None) -> int | None:
+    if batches is not None:
+        return batches.batch_size
+    return loader.batch_size
+
+
+class StreamLoader:
+    """An iterable of batches that cannot be indexed: its position is the number read so far."""
+
+    owns_batches = True
+    on_device = False
+    num_samples = None
+    note = ""
+
+    def __init__(
+        self, stream: Iterable[Any], *, sharded: bool, batch_size: int | None = None
+    ) -> None:
+        self._stream = stream
+        self.sharded = sharded
+        self.batch_size = batch_size
+        self.num_batches = _length(stream)
+        self._start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._stream)
+        for _ in range(self._start):  # there is no other way to get past what was read
+            next(iterator, None)
+        return iterator
+
+    def samples(self, batch: Any) -> int:
+        """Samples of ``batch``."""
+        return num_samples(batch)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Make the next ``iter`` that epoch's, reading past ``start_batch`` batches."""
+        self._start = start_batch
+        for part in (self._stream, getattr(self._stream, "dataset", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Nothing beside the position."""
+        return {"order": "stream"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing beside the position."""
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def _length(stream: Any) -> int | None:
+    try:
+        return len(stream)
+    except TypeError:  # no length, or an iterable dataset without one
+        return None

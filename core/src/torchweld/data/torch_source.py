@@ -1,0 +1,276 @@
+"""Data source ``torch``: a Dataset, a DataLoader, or any iterable of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from torchweld import rng
+from torchweld.data.datasets import Strided, Transformed, TransformedIterable
+from torchweld.data.loaders import StreamLoader, TorchLoader
+from torchweld.data.order import ShardedBatches, shuffled
+from torchweld.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Loader, LoaderRequest
+
+_HOW_TO_SHARD = (
+    "pass data=use('torch', shard=True) to give each process every world-th sample, or "
+    "sharded=True if the data gives each process its own part already"
+)
+
+
+class TorchSource:
+    """Makes one loader a split; the options are those of ``torchweld.builtin.TorchDataOptions``."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None,
+        num_workers: int,
+        shuffle: bool | None,
+        drop_last: bool,
+        pin_memory: bool,
+        shard: bool,
+        sharded: bool,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise InvalidArgument(f"batch_size={batch_size}: a batch has at least one sample")
+        if shard and sharded:
+            raise InvalidArgument("shard=True and sharded=True contradict each other; keep one")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.shard, self.sharded = shard, sharded
+        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def build(self, request: LoaderRequest) -> Loader:
+        """Return the loader of one split.
+
+        Raises:
+            InvalidArgument: data that cannot be read, is empty, or cannot be shared out.
+        """
+        data = request.data
+        if isinstance(data, DataLoader):
+            return self._from_loader(data, request)
+        if isinstance(data, IterableDataset):
+            return self._from_iterable(data, request)
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            return self._from_dataset(data, request)
+        if isinstance(data, Iterable):
+            self._refuse_unsharded(request, f"a {type(data).__name__}, which is read as it comes,")
+            return StreamLoader(data, sharded=request.env.world_size > 1)
+        raise InvalidArgument(
+            f"data of type {type(data).__name__} cannot be read: give a Dataset (with "
+            "data=use('torch', batch_size=…)), a DataLoader, or an iterable of batches"
+        )
+
+    # ---- a Dataset: core makes the order ----------------------------------------------------
+
+    def _from_dataset(self, dataset: Any, request: LoaderRequest) -> Loader:
+        size = self._size_for(dataset)
+        shuffle = request.train if self.shuffle is None else self.shuffle
+        batches = _sharded(
+            len(dataset),
+            request,
+            shuffle=shuffle and request.train,
+            batch_size=size,
+            drop_last=self.drop_last and request.train,
+        )
+        dataset = _transformed(dataset, request)
+        return TorchLoader(DataLoader(dataset, batch_sampler=batches, **self._workers), batches)
+
+    def _size_for(self, dataset: Any) -> int:
+        if self.batch_size is None:
+            raise InvalidArgument(
+                f"a {type(dataset).__name__} was given without a batch size: choose one with "
+                "data=use('torch', batch_size=…), or pass a DataLoader"
+            )
+        return self.batch_size
+
+    # ---- a DataLoader: the user's own order, shared out only where that is certain -------------
+
+    def _from_loader(self, loader: DataLoader[Any], request: LoaderRequest) -> Loader:
+        if isinstance(loader.dataset, IterableDataset):
+            return self._from_iterable_loader(loader, request)
+        _refuse_empty(loader.dataset)
+        loader = _with_transforms(loader, request)
+        if request.env.world_size == 1:
+            return TorchLoader(loader)
+        if isinstance(loader.sampler, DistributedSampler) and not request.train:
+            # Its padding would count samples twice in a metric; its order does not matter there.
+            return self._reshard(loader, request, _in_order(loader.dataset))
+        if hasattr(_sampler(loader), "num_replicas"):
+            return TorchLoader(_checked_replicas(loader, request), sharded=True)
+        if _is_default(loader):
+            order = _order_of(loader, request) if request.train else _in_order(loader.dataset)
+            return self._reshard(loader, request, order)
+        if self.shard:
+            return self._reshard(loader, request, _order_like(loader, request.seed))
+        self._refuse_unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
+        return TorchLoader(loader, sharded=True)
+
+    def _reshard(
+        self, loader: DataLoader[Any], request: LoaderRequest, order: Callable[[int], Sequence[int]]
+    ) -> Loader:
+        if loader.batch_size is None:
+            raise InvalidArgument(
+                "a DataLoader with a batch_sampler of its own cannot be shared out over "
+                f"{request.env.world_size} processes: {_HOW_TO_SHARD.partition(', or ')[2]}"
+            )
+        batches = ShardedBatches(
+            len(order(0)),
+            order,
+            batch_size=loader.batch_size,
+            rank=request.env.rank,
+            world_size=request.env.world_size,
+            drop_last=loader.drop_last and request.train,
+        )
+        return TorchLoader(_clone(loader, batch_sampler=batches), batches, note=_resharded(loader))
+
+    # ---- iterables ---------------------------------------------------------------------------
+
+    def _from_iterable(self, dataset: IterableDataset[Any], request: LoaderRequest) -> Loader:
+        loader = DataLoader(
+            dataset, self._size_for(dataset), drop_last=self.drop_last, **self._workers
+        )
+        return self._from_iterable_loader(loader, request)
+
+    def _from_iterable_loader(self, loader: DataLoader[Any], request: LoaderRequest) -> Loader:
+        env = request.env
+        if env.world_size > 1 and self.shard:
+            loader = _clone(loader, dataset=Strided(loader.dataset, env.rank, env.world_size))
+        elif not self.shard:
+            self._refuse_unsharded(request, f"an iterable {type(loader.dataset).__name__}")
+        return StreamLoader(
+            _with_transforms(loader, request), sharded=env.world_size > 1, batch_size=loader.batch_size
+        )
+
+    def _refuse_unsharded(self, request: LoaderRequest, what: str) -> None:
+        if request.env.world_size > 1 and not self.sharded:
+            raise InvalidArgument(
+                f"{what} would give all {request.env.world_size} processes the same samples, or "
+                f"each a part that core cannot know: {_HOW_TO_SHARD}"
+            )
+
+
+def _sharded(
+    num_samples: int, request: LoaderRequest, *, shuffle: bool, batch_size: int, drop_last: bool
+) -> ShardedBatches:
+    _refuse_empty(request.data)
+    in_order = range(num_samples)
+    order: Callable[[int], Sequence[int]] = lambda _: in_order  # noqa: E731 - one expression
+    return ShardedBatches(
+        num_samples,
+        partial(shuffled, num_samples, request.seed) if shuffle else order,
+        batch_size=batch_size,
+        rank=request.env.rank,
+        world_size=request.env.world_size,
+        drop_last=drop_last,
+    )
+
+
+def _refuse_empty(dataset: Any) -> None:
+    if len(dataset) == 0:
+        raise InvalidArgument(f"the {type(dataset).__name__} is empty: there is nothing to read")
+
+
+def _in_order(dataset: Any) -> Callable[[int], Sequence[int]]:
+    indices = range(len(dataset))
+    return lambda _: indices
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    own = type(loader.batch_sampler) is not BatchSampler
+    return loader.batch_sampler if own and loader.batch_sampler is not None else loader.sampler
+
+
+def _is_default(loader: DataLoader[Any]) -> bool:
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        return False
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]  # map-style here
+    return type(sampler) is SequentialSampler
+
+
+def _order_of(loader: DataLoader[Any], request: LoaderRequest) -> Callable[[int], Sequence[int]]:
+    if type(loader.sampler) is RandomSampler:
+        return partial(shuffled, len(loader.dataset), request.seed)  # type: ignore[arg-type]  # map-style here
+    return _in_order(loader.dataset)
+
+
+def _order_like(loader: DataLoader[Any], seed: int) -> Callable[[int], Sequence[int]]:
+    """The user's own sampler, drawn alike on every process."""
+
+    def order(epoch: int) -> Sequence[int]:
+        with rng.preserved():
+            rng.seed_all(seed + epoch)
+            return list(loader.sampler)
+
+    return order
+
+
+def _checked_replicas(loader: DataLoader[Any], request: LoaderRequest) -> DataLoader[Any]:
+    replicas = _sampler(loader).num_replicas
+    if replicas != request.env.world_size:
+        raise InvalidArgument(
+            f"the sampler shares the data out over num_replicas={replicas} processes, but "
+            f"{request.env.world_size} were launched: leave num_replicas out, or pass the Dataset"
+        )
+    return loader
+
+
+def _resharded(loader: DataLoader[Any]) -> str:
+    name = type(loader.sampler).__name__
+    return f"the DataLoader's {name} was shared out over the processes, every sample once"
+
+
+def _transformed(dataset: Any, request: LoaderRequest) -> Any:
+    if not request.sample_transforms:
+        return dataset
+    wrapper = TransformedIterable if isinstance(dataset, IterableDataset) else Transformed
+    return wrapper(dataset, tuple(request.sample_transforms))
+
+
+def _with_transforms(loader: DataLoader[Any], request: LoaderRequest) -> DataLoader[Any]:
+    if not request.sample_transforms:
+        return loader
+    return _clone(loader, dataset=_transformed(loader.dataset, request))
+
+
+def _clone(
+    loader: DataLoader[Any], *, dataset: Dataset[Any] | None = None, batch_sampler: Any = None
+) -> DataLoader[Any]:
+    """The same DataLoader over another dataset or other batches."""
+    iterable = isinstance(loader.dataset, IterableDataset)
+    arguments: Mapping[str, Any] = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+    }
+    if iterable or (batch_sampler is None and loader.batch_sampler is None):
+        shape = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        if not iterable:
+            shape = {"batch_size": None, "sampler": loader.sampler}
+        return DataLoader(dataset or loader.dataset, **shape, **arguments)
+    return DataLoader(
+        dataset or loader.dataset, batch_sampler=batch_sampler or loader.batch_sampler, **arguments
+    )

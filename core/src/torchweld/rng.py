@@ -1,0 +1,52 @@
+"""The random state of a process: python, numpy and torch together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch (CPU and every GPU) alike."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - algorithms draw from numpy's global state
+    torch.manual_seed(seed)
+
+
+def capture() -> dict[str, Any]:
+    """Return the random state of this process as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - see seed_all
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`capture` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - see seed_all
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Leave the random state as it was found."""
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)

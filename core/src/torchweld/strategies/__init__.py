@@ -1,0 +1,1 @@
+"""The strategies that core offers: one process, and one copy in each of several."""

@@ -1,0 +1,130 @@
+"""What ``single`` and ``ddp`` share: every rank holds the whole model and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchweld.interfaces import Prepared, Shard, ShardReader
+from torchweld.names import persistent_buffers
+from torchweld.precision import forward_under
+from torchweld.strategies.optimizer_state import optimizer_shards, restore_optimizer
+from torchweld.strategies.optimizing import OptimizerStep
+
+if TYPE_CHECKING:
+    from torchweld.components import Settings
+    from torchweld.interfaces import Env, SetupRequest
+
+
+def place(model: nn.Module, request: SetupRequest) -> nn.Module:
+    """Move ``model`` to its device, in the dtype that the precision asks for."""
+    dtype = torch.bfloat16 if request.settings.precision == "bf16-true" else None
+    return model.to(device=request.env.device, dtype=dtype)
+
+
+def prepare_replicated(
+    model: nn.Module,
+    request: SetupRequest,
+    *,
+    wrapped: nn.Module,
+    window: Callable[[bool, int], None] | None,
+) -> Prepared:
+    """Bind everything for a ``model`` that every rank holds whole.
+
+    Args:
+        model: the bare module, on its device.
+        wrapped: what is called in training; ``model`` itself where nothing wraps it.
+        window: what a new accumulation window has to tell the wrapper, None for nothing.
+    """
+    env, settings = request.env, request.settings
+    optimizing = OptimizerStep(model, request) if request.optimizer is not None else None
+    optimizer = optimizing.optimizer if optimizing else None
+    scale = WindowScale(window)
+    return Prepared(
+        forward=forward_under(wrapped, settings.precision, env.device),
+        evaluate=forward_under(model, settings.precision, env.device),
+        evaluate_is_collective=False,
+        mode=partial(_set_mode, model, env),
+        optimizer=optimizer,
+        backward=scale.backward(settings, optimizing.scaler if optimizing else None),
+        step=optimizing.bind() if optimizing else _no_step,
+        step_closure=optimizing.with_closure if optimizing and not optimizing.scaler else None,
+        window=scale.open if settings.accumulate_grad_batches > 1 else None,
+        grad_norm=lambda: optimizing.norm if optimizing else None,
+        alone=nullcontext,
+        named_parameters=model.named_parameters,
+        shards=lambda: _shards(model, optimizer) if env.rank == 0 else iter(()),
+        restore=lambda reader: _restore(model, optimizer, reader),
+        bytes_per_rank=_bytes(model),
+    )
+
+
+class WindowScale:
+    """Divides each loss by the number of micro-batches in its window."""
+
+    def __init__(self, tell: Callable[[bool, int], None] | None) -> None:
+        self._tell = tell
+        self._size = 1
+
+    def open(self, last: bool, size: int) -> None:
+        """Called before forward: DDP decides there whether it will exchange gradients."""
+        self._size = size
+        if self._tell is not None:
+            self._tell(last, size)
+
+    def backward(self, settings: Settings, scaler: Any | None) -> Callable[[Tensor], None]:
+        """Return the backward of this run; with nothing to scale it is torch's own."""
+        if scaler is not None:
+            return lambda loss: scaler.scale(loss / self._size).backward()
+        if settings.accumulate_grad_batches > 1:
+            return lambda loss: (loss / self._size).backward()
+        return Tensor.backward
+
+
+def estimate_replicated(
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], optimizer_slots: int
+) -> dict[str, int]:
+    """Bytes on each rank: parameters, as many gradients, and the optimizer's tensors."""
+    weights = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+    return {"parameters": weights, "gradients": weights, "optimizer": optimizer_slots * weights}
+
+
+def _no_step() -> bool:
+    raise RuntimeError("step() was called on a model that was prepared for evaluation only")
+
+
+def _set_mode(model: nn.Module, env: Env, train: bool) -> None:
+    model.train(train)
+    if not train and env.world_size > 1:
+        with torch.no_grad():
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0, group=env.group)
+
+
+def _bytes(model: nn.Module) -> dict[str, int]:
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.nbytes for p in parameters if p.requires_grad),
+    }
+
+
+def _shards(model: nn.Module, optimizer: Any | None) -> Iterator[Shard]:
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+        yield Shard(f"model/{name}", tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
+    if optimizer is not None:
+        yield from optimizer_shards(optimizer, model.named_parameters())
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, optimizer: Any | None, reader: ShardReader) -> None:
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+        reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())
+    if optimizer is not None:
+        restore_optimizer(optimizer, model.named_parameters(), reader)

@@ -1,0 +1,48 @@
+"""Strategy ``single``: one process, nothing in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from torchweld.strategies.replicated import estimate_replicated, place, prepare_replicated
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from torchweld.components import Settings
+    from torchweld.interfaces import Env, Prepared, SetupRequest
+
+
+class SingleStrategy:
+    """Trains the model as it is, on one device."""
+
+    backend: Mapping[str, str] = {}
+
+    def init_context(self, env: Env, settings: Settings) -> AbstractContextManager[None]:
+        """Nothing: the model is built where the user builds it."""
+        return nullcontext()
+
+    def units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The whole model."""
+        return (model,)
+
+    def setup(self, model: nn.Module, request: SetupRequest) -> Prepared:
+        """Move the model to its device and make the optimizer."""
+        model = place(model, request)
+        return prepare_replicated(model, request, wrapped=model, window=None)
+
+    def estimate(
+        self,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        optimizer_slots: int,
+        world_size: int,
+        settings: Settings,
+    ) -> Mapping[str, int]:
+        """The whole model, its gradients and its optimizer state."""
+        return estimate_replicated(shapes, optimizer_slots)
+
+    def teardown(self) -> None:
+        """Nothing was taken."""
