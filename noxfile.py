@@ -1,0 +1,261 @@
+"""Every check of this repository, one session each: ``python3 noxfile.py -s tests``.
+
+Needs Python and nothing else: run as a script without nox, it installs nox into an environment of
+its own and starts again there. Sessions that need the same packages share an environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENTS = ROOT / ".environments"
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+
+
+def can_make_environments(python: str) -> bool:
+    """Whether this interpreter has what ``python -m venv`` needs; Debian's own has not."""
+    command = [python, "-c", "import ensurepip, venv"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def create_environment(directory: Path, python: str = sys.executable) -> str:
+    """Make an empty virtual environment in ``directory`` and return its Python."""
+    if not can_make_environments(python):
+        sys.exit(
+            f"cannot make a virtual environment with {python}: its module ensurepip is missing; "
+            "install it (Debian, Ubuntu: apt-get install python3-venv) and run the command again"
+        )
+    subprocess.run([python, "-m", "venv", "--clear", str(directory)], check=True)
+    return str(directory / "bin" / "python")
+
+
+def restart_with_nox() -> None:
+    """Run this file again in an environment that has nox; does not return."""
+    directory = ENVIRONMENTS / "nox"
+    python = str(directory / "bin" / "python")
+    if not (directory / "installed").exists():
+        print(f"installing nox into {directory}", flush=True)  # noqa: T201 - nox's log is not there yet
+        create_environment(directory)
+        subprocess.run([python, *PIP, "install", "nox>=2024.4.15"], check=True)
+        (directory / "installed").touch()
+    os.execv(python, [python, *sys.argv])
+
+
+if __name__ == "__main__" and importlib.util.find_spec("nox") is None:
+    restart_with_nox()
+
+import nox  # installed by the lines above
+
+nox.options.default_venv_backend = "none"  # `prepare` shares environments between sessions
+nox.options.sessions = ["lint", "style", "types"]
+
+PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
+PYTEST = ["pytest>=8.3", "pytest-randomly>=3.15"]
+TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
+NEWEST_TORCH = "torch==2.13.0"
+# Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
+PINS = {"composer": ["torch==2.7.0", "torchvision==0.22.0", "mosaicml==0.32.1"]}
+WITH_PLUGINS = [*PYTEST, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
+PEERS = ["lightning", "accelerate", "pytorch-ignite"]
+# What never imports torch is tested on every Python that is supported and found.
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+TORCH_FREE = ["cli", "discovery", "options", "plan", "registry", "resolve", "verdicts", "vocab*"]
+# Two processes run on two cores: a thread more would wait for the others.
+ENV = {"OMP_NUM_THREADS": "1"}
+
+
+def prepare(
+    session: nox.Session,
+    name: str,
+    requirements: Sequence[str],
+    *,
+    folders: Sequence[str] = (),
+    python: str = sys.executable,
+) -> str:
+    """Return the Python of the environment ``name``, made anew when its content has changed.
+
+    Args:
+        session: the session that asks.
+        name: of the environment; sessions that give the same one share it.
+        requirements: what pip installs.
+        folders: distributions of this repository; reinstalled when their metadata changes.
+        python: the interpreter it is made of.
+    """
+    directory = ENVIRONMENTS / name
+    projects = [(ROOT / folder / "pyproject.toml").read_text("utf-8") for folder in folders]
+    content = sha256("\n".join([python, *requirements, *projects]).encode()).hexdigest()
+    stamp = directory / "installed"
+    if not stamp.exists() or stamp.read_text("utf-8") != content:
+        session.log(f"installing {' '.join(requirements)} into {directory}")
+        create_environment(directory, python)
+        session.run(str(directory / "bin" / "python"), *PIP, "install", *requirements)
+        stamp.write_text(content, "utf-8")
+    return str(directory / "bin" / "python")
+
+
+def with_plugins(session: nox.Session, plugins: Sequence[str], *extra: str) -> str:
+    """Return the Python of an environment with core and ``plugins``, all in editable mode."""
+    folders = ["core", *(f"plugins/{name}" for name in plugins)]
+    pins = [pin for name in plugins for pin in PINS[name]]
+    editable = [f"--editable={folder}" for folder in folders]
+    requirements = [*pins, *WITH_PLUGINS, *extra, *editable]
+    name = "-".join(["core", *plugins, *extra])
+    return prepare(session, name, requirements, folders=folders)
+
+
+def run_pytest(session: nox.Session, python: str, *arguments: str) -> None:
+    """Run tests; a session that finds none fails, because pytest's exit code 5 is no success."""
+    session.run(python, "-m", "pytest", *arguments, *session.posargs, env=ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check code style and formatting, and the hygiene of every tracked file."""
+    python = prepare(session, "tools", TOOLS)
+    session.run(python, "-m", "ruff", "check", ".")
+    session.run(python, "-m", "ruff", "format", "--check", ".")
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        session.log("this is no git checkout: the checks of tracked files are left out")
+        return
+    files = str(session.run("git", "ls-files", silent=True)).split()
+    session.run(python, "-m", "pre_commit_hooks.end_of_file_fixer", *files)
+    session.run(python, "-m", "pre_commit_hooks.trailing_whitespace_fixer", *files)
+    session.run(python, "-m", "pre_commit_hooks.check_added_large_files", "--enforce-all", *files)
+
+
+@nox.session
+def style(session: nox.Session) -> None:
+    """Check that imports in core point down only."""
+    python = prepare(session, "tools", TOOLS)
+    session.run(str(Path(python).with_name("lint-imports")), env={"PYTHONPATH": "core/src"})
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check all annotations with mypy, those of the tests too."""
+    session.run(with_plugins(session, PLUGINS), "-m", "mypy")
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Test core alone, without any plugin, on the newest torch."""
+    requirements = [NEWEST_TORCH, *PYTEST, "--editable=core"]
+    run_pytest(session, prepare(session, "core", requirements, folders=["core"]), "tests/core")
+
+
+@nox.session
+def pythons(session: nox.Session) -> None:
+    """Test what needs no torch on each supported Python that is found here."""
+    needs = nox.project.load_toml("core/pyproject.toml")["project"]["dependencies"]
+    requirements = [*PYTEST, *(need for need in needs if not need.startswith("torch>"))]
+    tests = [str(path) for name in TORCH_FREE for path in ROOT.glob(f"tests/core/test_{name}*.py")]
+    for version in PYTHONS:
+        found = shutil.which(f"python{version}")
+        if not found or not can_make_environments(found):
+            session.log(f"Python {version} is not installed: left out")
+            continue
+        python = prepare(session, f"python{version}", requirements, folders=["core"], python=found)
+        session.run(python, *PIP, "install", "--no-deps", "--editable=core")
+        run_pytest(session, python, *tests)
+
+
+@nox.session
+@nox.parametrize("name", PLUGINS, ids=PLUGINS)
+def plugin(session: nox.Session, name: str) -> None:
+    """Test core with one plugin and no other."""
+    run_pytest(session, with_plugins(session, [name]), f"tests/{name}")
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Test everything installed at once, with core's own tests."""
+    folders = ["tests/core", "tests/together", "tests/parity"]
+    run_pytest(session, with_plugins(session, PLUGINS), *folders)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every code block of the documentation and every example."""
+    run_pytest(session, with_plugins(session, PLUGINS), "tests/together/test_docs.py")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels, check them, and install each into an environment of its own."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    python = prepare(session, "packaging", [*PYTEST, "packaging"])
+    folders = ["./core", *(f"./plugins/{name}" for name in PLUGINS)]
+    session.run(python, *PIP, "wheel", "--no-deps", f"--wheel-dir={dist}", *folders)
+    session.env["TORCHWELD_WHEELS"] = str(dist)
+    run_pytest(session, python, "tests/packaging")
+    core_wheel = next(dist.glob("torchweld-*.whl"))
+    install_alone(session, "core", [NEWEST_TORCH], [core_wheel])
+    for name in PLUGINS:
+        wheel = next(dist.glob(f"torchweld_{name}-*.whl"))
+        install_alone(session, name, PINS[name], [core_wheel, wheel])
+
+
+def install_alone(
+    session: nox.Session, name: str, pins: Sequence[str], wheels: Sequence[Path]
+) -> None:
+    """Install wheels and what they ask for into an empty environment, and start them."""
+    paths = [str(wheel) for wheel in wheels]
+    folders = ["core"] if name == "core" else ["core", f"plugins/{name}"]
+    python = prepare(session, f"wheel-{name}", [*pins, *paths], folders=folders)
+    # The environment may be an older one: what the wheels ask for is in it, their code is replaced.
+    session.run(python, *PIP, "install", "--no-deps", "--force-reinstall", *paths)
+    session.run(python, *PIP, "check")
+    torchweld = str(Path(python).with_name("torchweld"))
+    session.run(torchweld, "plugins")
+    session.run(torchweld, "explain", "TW302", silent=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all that has to pass: the command that the README names."""
+    plugins = [f"plugin({name})" for name in PLUGINS]
+    for name in ["lint", "style", "types", "pythons", "core", *plugins, "together", "build"]:
+        session.notify(name)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small network on handwritten digits in two processes, with four optimizations."""
+    run = [with_plugins(session, PLUGINS), "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    session.run(*run, "examples/digits.py", *session.posargs, env=ENV)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the overhead of one step beside other trainers."""
+    python = with_plugins(session, PLUGINS, *PEERS)
+    session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run the long crash and matrix tests."""
+    run_pytest(session, with_plugins(session, PLUGINS), "-m", "soak")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    run_pytest(session, with_plugins(session, PLUGINS), "-m", "gpu")
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    nox.main()
