@@ -116,18 +116,17 @@ class TorchLoader:
         """The rest of the epoch, read without loading what came before.
 
         The iterator of a DataLoader draws a base seed first and its sampler afterwards, from the
-        state in which the epoch began; the state of the interruption is put back when both are done.
+        state in which the epoch began. Generators of the user's own stay where that leaves them,
+        as in the run that was interrupted; torch's global one is put back.
         """
         if self._epoch_rng is None:
             raise CheckpointError("the position inside the epoch is not in the checkpoint")
-        now = self._capture()
+        now = torch.get_rng_state()
         self._set(self._epoch_rng)
         torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
-        rest = islice(iter(self._loader.batch_sampler or ()), self._start, None)
-        indices = list(rest)
-        loader = _over(self._loader, indices)
-        iterator = iter(loader)
-        self._set(now)
+        rest = list(islice(self._loader.batch_sampler or (), self._start, None))
+        iterator = iter(_over(self._loader, rest))
+        torch.set_rng_state(now)
         return iterator
 
     def _set(self, states: Mapping[str, torch.Tensor]) -> None:
