@@ -1,0 +1,247 @@
+"""Options and settings that follow from the other choices, brought to a fixed point.
+
+An ``Adapt`` of a component changes its own options, ``sets`` changes a setting of core. Both may
+change the claims, so they are read again after each change. Every adaptation fires at most once
+and every setting is set at most once, in name order: the result is the same for any listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torchweld.claims import Adapt
+from torchweld.components import Chosen, Settings
+from torchweld.declared import (
+    Declared,
+    declare,
+    differs_from_default,
+    sort_key,
+    value_text,
+    with_options,
+)
+from torchweld.findings import Finding
+from torchweld.known import Known
+from torchweld.vocabulary import SETTINGS, find_token
+
+_DEFAULTS = Settings()
+
+
+class Adjustment(NamedTuple):
+    """What was changed for a component, and why."""
+
+    component: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The members after adaptation, sorted by phase and name."""
+
+    members: tuple[Declared, ...]
+    settings: Settings
+    adjusted: tuple[Adjustment, ...]
+    findings: tuple[Finding, ...]
+
+
+def adapt(chosen: Sequence[Chosen], settings: Settings, facts: Mapping[str, bool]) -> Adapted:
+    """Apply what components adapt and ask for, until nothing changes any more."""
+    work = _Adaptation(chosen, settings, facts)
+    while work.apply_a_setting() or work.fire_an_adapt():
+        pass
+    return Adapted(
+        tuple(work.members),
+        work.settings,
+        tuple(work.adjusted),
+        (*work.unreadable, *work.refused, *_setting_conflicts(work.members, settings)),
+    )
+
+
+class _Adaptation:
+    """The state on the way to the fixed point."""
+
+    def __init__(
+        self, chosen: Sequence[Chosen], settings: Settings, facts: Mapping[str, bool]
+    ) -> None:
+        self._asked = settings
+        self.settings = settings
+        self.adjusted: list[Adjustment] = []
+        self.refused: list[Finding] = []
+        self._facts = facts
+        self._fired: set[tuple[int, str, str, tuple[str, ...]]] = set()
+        self._set: set[str] = set()
+        self._read(sorted(chosen, key=sort_key))
+
+    def apply_a_setting(self) -> bool:
+        """Give core one setting that a member asks for; False when there is none left."""
+        for member in self.members:
+            for setting, value, reason in member.sets:
+                if self._may_set(setting, value):
+                    self._set.add(setting)
+                    self.settings = replace(self.settings, **{setting: value})  # type: ignore[arg-type]  # a plugin's value
+                    text = f"{setting}={value_text(value)} asked of core: {reason}"
+                    self.adjusted.append(Adjustment(member.name, text))
+                    self._read([m.chosen for m in self.members])
+                    return True
+        return False
+
+    def fire_an_adapt(self) -> bool:
+        """Change the options of one member whose condition holds; False when there is none."""
+        known = Known(self.members, self.settings, self._facts)
+        by_name = sorted(enumerate(self.members), key=lambda item: (item[1].name, item[0]))
+        for index, member in by_name:
+            for rule in member.adapts:
+                mark = (index, rule.when, rule.unless, tuple(sorted(rule.options)))
+                if mark not in self._fired and _condition(rule, member, known) is True:
+                    self._fired.add(mark)
+                    if self._change(index, rule, known):
+                        return True
+        return False
+
+    def _may_set(self, setting: str, value: object) -> bool:
+        if setting not in SETTINGS or setting in self._set:
+            return False
+        now = getattr(self._asked, setting)
+        return bool(now != value and now == getattr(_DEFAULTS, setting))
+
+    def _change(self, index: int, rule: Adapt, known: Known) -> bool:
+        member = self.members[index]
+        try:
+            changed = with_options(member.chosen, rule.options)
+        except Exception as error:  # noqa: BLE001 - options of a stranger check themselves
+            self.refused.append(_bad_adapt(member, rule, error))
+            return False
+        if changed.options == member.chosen.options:
+            return False
+        self.adjusted.append(Adjustment(member.name, _adjusted_text(member, rule, known)))
+        chosen = [m.chosen for m in self.members]
+        chosen[index] = changed
+        self._read(chosen)
+        return True
+
+    def _read(self, chosen: Sequence[Chosen]) -> None:
+        read = [declare(one, self.settings) for one in chosen]
+        self.members = [member for member, _ in read]
+        self.unreadable = [finding for _, findings in read for finding in findings]
+
+
+def pending(members: Sequence[Declared], known: Known) -> list[tuple[Declared, str, str]]:
+    """The adaptations that cannot be decided yet: member, ``when X`` or ``unless X``, reason."""
+    return [
+        (member, _relation(rule), rule.reason)
+        for member in members
+        for rule in member.adapts
+        if _condition(rule, member, known) is None
+        and known.is_deferred(rule.when or rule.unless)
+        and _would_change(member.chosen, rule)
+    ]
+
+
+def _condition(rule: Adapt, member: Declared, known: Known) -> bool | None:
+    """Whether the adaptation is due; with both words it needs both to be so."""
+    parts = []
+    if rule.when:
+        parts.append(known.holds(rule.when, member))
+    if rule.unless:
+        holds = known.holds(rule.unless, member)
+        parts.append(None if holds is None else not holds)
+    if False in parts or not parts:
+        return False
+    return None if None in parts else True
+
+
+def _relation(rule: Adapt) -> str:
+    return f"when {rule.when}" if rule.when else f"unless {rule.unless}"
+
+
+def _would_change(chosen: Chosen, rule: Adapt) -> bool:
+    return any(getattr(chosen.options, name, None) != new for name, new in rule.options.items())
+
+
+def _adjusted_text(member: Declared, rule: Adapt, known: Known) -> str:
+    options = ", ".join(f"{name}={value_text(new)}" for name, new in sorted(rule.options.items()))
+    chosen = member.chosen
+    given = [
+        f"{name}={value_text(getattr(chosen.options, name))}"
+        for name, new in sorted(rule.options.items())
+        if differs_from_default(chosen, name) and getattr(chosen.options, name) != new
+    ]
+    instead = f" instead of your {', '.join(given)}" if given else ""
+    reason = f", {rule.reason}" if rule.reason else ""
+    return f"{options}{instead}{reason}: {_cause(rule, member, known)}"
+
+
+def _cause(rule: Adapt, member: Declared, known: Known) -> str:
+    if rule.when:
+        names = sorted({provider.name for provider in known.providers(rule.when, member)})
+        token = find_token(rule.when)
+        clause = token.holds if token else rule.when
+        return f"{clause} ({', '.join(names)})" if names else clause
+    lacking = known.lacking(rule.unless)
+    if not lacking:
+        token = find_token(rule.unless)
+        return token.fails if token else f"no {rule.unless}"
+    return "; ".join(
+        f"{who.name} lacks {rule.unless} ({why})" if why else f"{who.name} states no {rule.unless}"
+        for who, why in lacking
+    )
+
+
+def _bad_adapt(member: Declared, rule: Adapt, error: Exception) -> Finding:
+    options = ", ".join(f"{name}={new!r}" for name, new in sorted(rule.options.items()))
+    return Finding(
+        "TW103",
+        "error",
+        who=(member.name,),
+        what=f"{member.name} adapts to {options}, which it does not take: {error}",
+        why=f"its claims and its options do not fit together{member.source}",
+        fix=f"leave {member.name!r} out, or tell its author",
+    )
+
+
+def _setting_conflicts(members: Sequence[Declared], asked: Settings) -> list[Finding]:
+    wishes: dict[str, list[tuple[Declared, object, str]]] = {}
+    for member in members:
+        for setting, value, reason in member.sets:
+            if setting in SETTINGS:
+                wishes.setdefault(setting, []).append((member, value, reason))
+    return [
+        finding
+        for setting, wanted in sorted(wishes.items())
+        for finding in _conflicts_of(setting, wanted, getattr(asked, setting))
+    ]
+
+
+def _conflicts_of(
+    setting: str, wanted: Sequence[tuple[Declared, object, str]], user: object
+) -> list[Finding]:
+    explicit = user != getattr(_DEFAULTS, setting)
+    found = [
+        Finding(
+            "TW203",
+            "error",
+            who=(member.name,),
+            what=f"{member.name} asks for {setting}={value_text(value)}, "
+            f"the Trainer has {setting}={value_text(user)}",
+            why=f"{reason}{member.source}" if reason else "",
+            fix=f"leave out {setting}= or {member.name!r}, or give both one value",
+        )
+        for member, value, reason in wanted
+        if explicit and value != user
+    ]
+    first, *others = wanted
+    found += [
+        Finding(
+            "TW203",
+            "error",
+            who=(first[0].name, member.name),
+            what=f"{first[0].name} asks for {setting}={value_text(first[1])}, "
+            f"{member.name} for {setting}={value_text(value)}",
+            why="; ".join(text for text in (first[2], reason) if text),
+            fix="give both one value, or keep one of them",
+        )
+        for member, value, reason in others
+        if value != first[1]
+    ]
+    return found
