@@ -22,6 +22,8 @@ from torchweld.declared import (
     with_options,
 )
 from torchweld.findings import Finding
+from torchweld.guard import attempt, one_line
+from torchweld.identity import identity
 from torchweld.known import Known
 from torchweld.vocabulary import SETTINGS, find_token
 
@@ -80,7 +82,7 @@ class _Adaptation:
                 if self._may_set(setting, value):
                     self._set.add(setting)
                     self.settings = replace(self.settings, **{setting: value})  # type: ignore[arg-type]  # a plugin's value
-                    text = f"{setting}={value_text(value)} asked of core: {reason}"
+                    text = f"sets {setting}={value_text(value)} in core: {reason}"
                     self.adjusted.append(Adjustment(member.name, text))
                     self._read([m.chosen for m in self.members])
                     return True
@@ -107,12 +109,11 @@ class _Adaptation:
 
     def _change(self, index: int, rule: Adapt, known: Known) -> bool:
         member = self.members[index]
-        try:
-            changed = with_options(member.chosen, rule.options)
-        except Exception as error:  # noqa: BLE001 - options of a stranger check themselves
-            self.refused.append(_bad_adapt(member, rule, error))
-            return False
-        if changed.options == member.chosen.options:
+        tried = attempt(lambda: with_options(member.chosen, rule.options))
+        changed = tried.value
+        if changed is None:
+            self.refused.append(_bad_adapt(member, rule, tried.error))
+        if changed is None or identity(changed.options) == identity(member.chosen.options):
             return False
         self.adjusted.append(Adjustment(member.name, _adjusted_text(member, rule, known)))
         chosen = [m.chosen for m in self.members]
@@ -169,7 +170,7 @@ def _adjusted_text(member: Declared, rule: Adapt, known: Known) -> str:
     ]
     instead = f" instead of your {', '.join(given)}" if given else ""
     reason = f", {rule.reason}" if rule.reason else ""
-    return f"{options}{instead}{reason}: {_cause(rule, member, known)}"
+    return f"adjusted to {options}{instead}{reason}: {_cause(rule, member, known)}"
 
 
 def _cause(rule: Adapt, member: Declared, known: Known) -> str:
@@ -178,23 +179,25 @@ def _cause(rule: Adapt, member: Declared, known: Known) -> str:
         token = find_token(rule.when)
         clause = token.holds if token else rule.when
         return f"{clause} ({', '.join(names)})" if names else clause
-    lacking = known.lacking(rule.unless)
-    if not lacking:
-        token = find_token(rule.unless)
+    token, lacking = find_token(rule.unless), known.lacking(rule.unless)
+    if token is None or not lacking:
         return token.fails if token else f"no {rule.unless}"
     return "; ".join(
-        f"{who.name} lacks {rule.unless} ({why})" if why else f"{who.name} states no {rule.unless}"
+        f"{who.name} lacks {token.name} ({why})"
+        if why
+        else f"{who.name} does not state that {token.holds}"
         for who, why in lacking
     )
 
 
-def _bad_adapt(member: Declared, rule: Adapt, error: Exception) -> Finding:
+def _bad_adapt(member: Declared, rule: Adapt, error: BaseException | None) -> Finding:
     options = ", ".join(f"{name}={new!r}" for name, new in sorted(rule.options.items()))
     return Finding(
         "TW103",
         "error",
         who=(member.name,),
-        what=f"{member.name} adapts to {options}, which it does not take: {error}",
+        what=f"{member.name} adapts to {options}, which it does not take: "
+        f"{one_line(error) if error else ''}",
         why=f"its claims and its options do not fit together{member.source}",
         fix=f"leave {member.name!r} out, or tell its author",
     )
@@ -231,17 +234,20 @@ def _conflicts_of(
         if explicit and value != user
     ]
     first, *others = wanted
-    found += [
-        Finding(
-            "TW203",
-            "error",
-            who=(first[0].name, member.name),
-            what=f"{first[0].name} asks for {setting}={value_text(first[1])}, "
-            f"{member.name} for {setting}={value_text(value)}",
-            why="; ".join(text for text in (first[2], reason) if text),
-            fix="give both one value, or keep one of them",
-        )
-        for member, value, reason in others
-        if value != first[1]
+    return found + [_two_wishes(setting, first, other) for other in others if other[1] != first[1]]
+
+
+def _two_wishes(
+    setting: str, first: tuple[Declared, object, str], other: tuple[Declared, object, str]
+) -> Finding:
+    wishes = [
+        f"{member.name} asks for {setting}={value_text(v)}" for member, v, _ in (first, other)
     ]
-    return found
+    return Finding(
+        "TW203",
+        "error",
+        who=(first[0].name, other[0].name),
+        what=", ".join(wishes),
+        why="; ".join(f"{m.name}: {reason}{m.source}" for m, _, reason in (first, other) if reason),
+        fix="give both one value, or keep one of them",
+    )

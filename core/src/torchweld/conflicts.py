@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 from torchweld.adaptation import pending
@@ -110,13 +110,11 @@ def _shared(first: Sequence[Rel], second: Sequence[Rel]) -> list[tuple[Slot, Rel
 
 def _forbidden_edits(members: Sequence[Declared]) -> list[Finding]:
     findings = []
-    for owner in members:
-        for editor in members:
-            if editor is not owner:
-                for slot, own, edit in _shared(owner.owns, editor.edits):
-                    why = _edit_problem(slot, owner, editor)
-                    if why:
-                        findings.append(_edit_finding(slot, (owner, own), (editor, edit), why))
+    for owner, editor in permutations(members, 2):
+        for slot, own, edit in _shared(owner.owns, editor.edits):
+            why = _edit_problem(slot, owner, editor)
+            if why:
+                findings.append(_edit_finding(slot, (owner, own), (editor, edit), why))
     return findings
 
 

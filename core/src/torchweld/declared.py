@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 from torchweld.claims import Adapt, Claims, Phase, Rel, relations
 from torchweld.components import Chosen, Settings
 from torchweld.findings import Finding
+from torchweld.guard import attempt, one_line
 from torchweld.identity import identity
-from torchweld.vocabulary import SETTINGS, SLOTS, TOKENS, closest, find_slot, find_token
+from torchweld.spelling import did_you_mean
+from torchweld.vocabulary import SETTINGS, SLOTS, TOKENS, find_slot, find_token
 
 PHASES: tuple[Phase, ...] = ("surgery", "data", "strategy")
 """In the order in which ``fit`` comes to them."""
@@ -60,8 +62,7 @@ class Declared:
     @property
     def source(self) -> str:
         """Distribution and version, in brackets, for a reason that this member states."""
-        origin = self.chosen.origin
-        return f" ({origin.distribution} {origin.version})" if origin.distribution else ""
+        return _origin_text(self.chosen)
 
     def touches(self) -> set[str]:
         """The slots it owns or edits."""
@@ -83,28 +84,35 @@ def sort_key(chosen: Chosen) -> tuple[Any, ...]:
 
 def declare(chosen: Chosen, settings: Settings) -> tuple[Declared, list[Finding]]:
     """Read the claims of ``chosen``; unreadable ones become the defaults and a finding."""
-    try:
-        return _declared(chosen, chosen.claims(settings)), []
-    except Exception as error:  # noqa: BLE001 - a stranger's claims function or record
-        broken = Finding(
-            "TW105",
-            "error",
-            who=(chosen.name,),
-            what=f"the claims of {chosen.name!r} cannot be read: {type(error).__name__}: {error}",
-            why=f"its plugin is broken{_origin_text(chosen)}",
-            fix=f"leave {chosen.name!r} out, or tell its author",
-        )
-        return _declared(chosen, Claims()), [broken]
+    read = attempt(lambda: _declared(chosen, chosen.claims(settings)))
+    if read.value is not None:
+        return read.value, []
+    cause = f": {one_line(read.error)}" if read.error else ""
+    broken = Finding(
+        "TW105",
+        "error",
+        who=(chosen.name,),
+        what=f"the claims of {chosen.name!r} cannot be read{cause}",
+        why=f"its plugin is broken{_origin_text(chosen)}",
+        fix=f"leave {chosen.name!r} out, or tell its author",
+    )
+    return _declared(chosen, Claims()), [broken]
 
 
-def unknown_words(member: Declared) -> list[Finding]:
-    """A finding for every slot, token or setting that no vocabulary knows."""
+def unknown_words(member: Declared, names: Collection[str]) -> list[Finding]:
+    """A finding for every slot, token or setting that no vocabulary knows.
+
+    Args:
+        member: whose claims to check.
+        names: of all chosen components, which an order may name too.
+    """
     slots = [rel.target for rel in (*member.owns, *member.edits)]
     tokens = [*member.provides, *member.lacks]
     tokens += [rel.target for rel in (*member.requires, *member.forbids)]
     tokens += [word for adapt in member.adapts for word in (adapt.when, adapt.unless) if word]
     # A bare word in an order is the name of a component, which may be one that is not chosen.
     orders = [rel.target for rel in (*member.before, *member.after) if "." in rel.target]
+    orders = [word for word in orders if word not in names]
     settings = [name for name, _, _ in member.sets]
     return [
         *(_unknown(member, "slot", w, SLOTS) for w in _each(slots) if not find_slot(w)),
@@ -125,23 +133,22 @@ def with_options(chosen: Chosen, options: Mapping[str, object]) -> Chosen:
     return replace(chosen, options=replace(chosen.options, **options))
 
 
-def options_text(chosen: Chosen, *, every: bool = False) -> str:
-    """The options that differ from their defaults, ``a=1, b='x'``; with ``every`` all of them."""
+def options_text(chosen: Chosen) -> str:
+    """The options that differ from their defaults, ``a=1, b='x'``."""
     if chosen.options is None:
         return ""
     shown = [
         f"{field.name}={value_text(getattr(chosen.options, field.name))}"
         for field in fields(chosen.options)
-        if every or differs_from_default(chosen, field.name)
+        if differs_from_default(chosen, field.name)
     ]
     return ", ".join(shown)
 
 
 def differs_from_default(chosen: Chosen, name: str) -> bool:
     """Whether the user (or an adaptation) gave option ``name`` another value than its default."""
-    by_name = {field.name: field for field in fields(chosen.options)}
-    field = by_name.get(name)
-    return field is not None and bool(getattr(chosen.options, name) != field.default)
+    default = {field.name: _default(field) for field in fields(chosen.options)}.get(name, MISSING)
+    return identity(getattr(chosen.options, name, MISSING)) != identity(default)
 
 
 def value_text(value: object) -> str:
@@ -187,6 +194,10 @@ def _words(field: str, words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def _each(words: Iterable[str]) -> list[str]:
     return sorted(set(words))
 
@@ -196,8 +207,7 @@ def _known(word: str) -> bool:
 
 
 def _unknown(member: Declared, kind: str, word: str, words: Iterable[str]) -> Finding:
-    near = closest(word, words)
-    hint = f"did you mean {near!r}? " if near else ""
+    hint = did_you_mean(word, words)
     return Finding(
         "TW102",
         "error",
@@ -205,7 +215,7 @@ def _unknown(member: Declared, kind: str, word: str, words: Iterable[str]) -> Fi
         what=f"the claims of {member.name!r} name {{}}, which is no {kind}",
         about=repr(word),
         why=f"a misspelt claim would be no claim at all{member.source}",
-        fix=f"{hint}Its author corrects the claims of {member.name!r}",
+        fix=f"{hint} (its author can correct it)" if hint else "its author can correct it",
     )
 
 

@@ -70,18 +70,21 @@ def _plural(number: int, word: str) -> str:
 
 
 def _headline(plan: Plan, world_size: int | None) -> str:
-    several = plan.facts.get("world>1")
-    if world_size is not None:
-        processes = _plural(world_size, "process").replace("processs", "processes")
-    else:
-        processes = {True: "several processes", False: "1 process"}.get(several, "")  # type: ignore[call-overload]
     parts = [
         f"plan {plan.short}",
-        processes,
+        _processes(plan, world_size),
         f"precision {plan.settings.precision}",
         count_problems(plan.problems),
     ]
     return "   ".join(part for part in parts if part)
+
+
+def _processes(plan: Plan, world_size: int | None) -> str:
+    if world_size is not None:
+        return "1 process" if world_size == 1 else f"{world_size} processes"
+    if "world>1" not in plan.facts:
+        return ""  # known after the launch
+    return "several processes" if plan.facts["world>1"] else "1 process"
 
 
 def _phase_lines(plan: Plan, phase: str, world_size: int | None) -> Iterator[str]:
@@ -97,26 +100,31 @@ def _phase_lines(plan: Plan, phase: str, world_size: int | None) -> Iterator[str
 
 
 def _notes(plan: Plan, chosen: Chosen, world_size: int | None) -> Iterator[str]:
-    facts = [options_text(chosen)]
-    if chosen.split:
-        facts.append("for the other splits than training")
-    if chosen.phase == "data" and world_size is not None and world_size > 1:
-        facts.append(f"{world_size} shards")
-    if chosen.phase == "strategy":
-        facts.append(_owner_text(plan, chosen))
-    line = "   ".join(fact for fact in facts if fact)
+    line = "   ".join(fact for fact in _facts(plan, chosen, world_size) if fact)
     if line:
         yield line
+    in_phase = {other.name for other in plan.order if other.phase == chosen.phase}
     for edge in plan.edges:
-        if edge.then == chosen.name and _in_phase(plan, edge.first, chosen.phase):
+        if edge.then == chosen.name and edge.first in in_phase:
             yield f"after {edge.first}: {edge.reason}"
-    for entry in plan.adjusted:
-        if entry.component == chosen.name:
-            yield f"adjusted to {entry.text}"
+    yield from (entry.text for entry in plan.adjusted if entry.component == chosen.name)
 
 
-def _in_phase(plan: Plan, name: str, phase: str) -> bool:
-    return any(chosen.name == name and chosen.phase == phase for chosen in plan.order)
+def _facts(plan: Plan, chosen: Chosen, world_size: int | None) -> Iterator[str]:
+    yield options_text(_as_chosen(plan, chosen))
+    if chosen.split:
+        yield "for the splits beside training"
+    if chosen.phase == "data" and world_size is not None and world_size > 1:
+        yield f"{world_size} shards"
+    if chosen.phase == "strategy":
+        yield _owner_text(plan, chosen)
+
+
+def _as_chosen(plan: Plan, adapted: Chosen) -> Chosen:
+    """The choice before adaptation, whose options are the user's."""
+    place = (adapted.phase, adapted.name, adapted.split, adapted.position)
+    same = (c for c in plan.choices if (c.phase, c.name, c.split, c.position) == place)
+    return next(same, adapted)
 
 
 def _owner_text(plan: Plan, chosen: Chosen) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from torchweld.problems import Problem, Severity
-from torchweld.vocabulary import closest
+from torchweld.spelling import did_you_mean
 
 _RANK = {severity: rank for rank, severity in enumerate(get_args(Severity))}
 _DECIDED_LATER = ("TW5", "TW6")
+_NEVER_ALLOWED = "TW1"  # a component that does not exist, or cannot be built, stays an error
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Finding:
 
     code: str
     severity: Severity
-    who: Iterable[str]
+    who: Sequence[str]
     what: str
     about: str = ""
     why: str = ""
@@ -114,24 +115,34 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _allowable(problem: Problem) -> bool:
-    """A component that does not exist, or cannot be built, stays an error."""
-    return problem.severity in {"error", "warning"} and not problem.code.startswith("TW1")
+    severe = problem.severity in {"error", "warning"}
+    return severe and not problem.code.startswith(_NEVER_ALLOWED)
 
 
-def _unmatched(wanted: dict[str, str], found: Sequence[str], later: set[str]) -> list[Problem]:
+def _unmatched(wanted: Mapping[str, str], found: Sequence[str], later: set[str]) -> list[Problem]:
+    """A warning for every entry of ``allow`` that cannot have an effect."""
+    idle = []
+    for normal, key in sorted(wanted.items()):
+        if normal.startswith(_NEVER_ALLOWED):
+            idle.append(
+                (
+                    key,
+                    "cannot be allowed",
+                    "without the component there is nothing to run",
+                    found[:0],
+                )
+            )
+        elif not (normal in found or normal in later or normal.startswith(_DECIDED_LATER)):
+            idle.append(
+                (key, "matches no finding of this plan", "it may be a slip of the pen", found)
+            )
     return [
         Problem(
             "TW103",
             "warning",
-            what=f"allow={key!r} matches no finding of this plan",
-            why="an entry that matches nothing hides nothing, and may be a slip of the pen",
-            fix=_instead(normal, found),
+            what=f"allow={key!r} {what}",
+            why=why,
+            fix=did_you_mean(key, keys) or "take it out",
         )
-        for normal, key in sorted(wanted.items())
-        if normal not in found and normal not in later and not normal.startswith(_DECIDED_LATER)
+        for key, what, why, keys in idle
     ]
-
-
-def _instead(key: str, found: Sequence[str]) -> str:
-    near = closest(key, found)
-    return f"did you mean {near!r}?" if near else "take it out"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from collections.abc import Mapping, Sequence, Set as AbstractSet
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
+
+from torchweld.guard import attempt
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
@@ -64,12 +67,14 @@ def _object(value: Any, depth: int) -> str:
         return qualified_name(value)
     if is_dataclass(value):
         return _with_attributes(value, [f.name for f in fields(value)], depth)
-    if type(value).__repr__ is object.__repr__:
+    written: Any = type(value).__repr__
+    if written is object.__repr__:
         plain = (*_PLAIN, tuple, list, enum.Enum)
         attributes = getattr(value, "__dict__", {})
         simple = [name for name in sorted(attributes) if isinstance(attributes[name], plain)]
         return _with_attributes(value, simple, depth)
-    return f"{qualified_name(type(value))}: {_ADDRESS.sub('', repr(value))}"
+    text = attempt(lambda: repr(value)).value or ""
+    return f"{qualified_name(type(value))}: {_ADDRESS.sub('', text)}"
 
 
 def _with_attributes(value: object, names: Sequence[str], depth: int) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torchweld.components import Settings
 from torchweld.declared import Declared
 from torchweld.errors import InvalidArgument
-from torchweld.vocabulary import TOKENS, closest, find_token
+from torchweld.spelling import did_you_mean
+from torchweld.vocabulary import TOKENS, find_token
 
 
 class Known:
@@ -71,9 +72,8 @@ def check_facts(facts: Mapping[str, bool]) -> None:
     """
     for name in facts:
         if find_token(name) is None:
-            near = closest(name, TOKENS)
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise InvalidArgument(f"facts name {name!r}, which is no token{hint}")
+            hint = did_you_mean(name, TOKENS) or f"the tokens are {', '.join(sorted(TOKENS))}"
+            raise InvalidArgument(f"facts name {name!r}, which is no token; {hint}")
 
 
 def _facts_of(settings: Settings) -> dict[str, bool]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from torchweld.claims import Rel
 from torchweld.declared import PHASES, Declared
 from torchweld.findings import Finding, enumerate_words
-from torchweld.vocabulary import closest, find_slot
+from torchweld.spelling import did_you_mean, listing
+from torchweld.vocabulary import find_slot
 
 
 class Edge(NamedTuple):
@@ -60,16 +61,11 @@ def _claimed(members: Sequence[Declared]) -> Iterator[Wish]:
     """What members say themselves: before, after, and a provider before whoever requires it."""
     for me, member in enumerate(members):
         for rel in member.before:
-            for other in _targets(members, me, rel):
-                yield me, other, _reason(member, rel)
+            yield from ((me, to, _reason(member, rel)) for to in _targets(members, me, rel))
         for rel in member.after:
-            for other in _targets(members, me, rel):
-                yield other, me, _reason(member, rel)
+            yield from ((to, me, _reason(member, rel)) for to in _targets(members, me, rel))
         for rel in member.requires:
-            for other, provider in enumerate(members):
-                if provider.phase == member.phase and rel.target in provider.provides:
-                    if other != me:
-                        yield other, me, _reason(member, rel)
+            yield from ((to, me, _reason(member, rel)) for to in _providers(members, me, rel))
 
 
 def _targets(members: Sequence[Declared], me: int, rel: Rel) -> list[int]:
@@ -83,6 +79,15 @@ def _targets(members: Sequence[Declared], me: int, rel: Rel) -> list[int]:
             or rel.target in member.provides
             or (find_slot(rel.target) is not None and rel.target in member.touches())
         )
+    ]
+
+
+def _providers(members: Sequence[Declared], me: int, rel: Rel) -> list[int]:
+    """Who provides that token in the same phase."""
+    return [
+        other
+        for other, member in enumerate(members)
+        if other != me and member.phase == members[me].phase and rel.target in member.provides
     ]
 
 
@@ -108,7 +113,7 @@ def _listed(members: Sequence[Declared]) -> Iterator[Wish]:
     """Bare functions say nothing about themselves; the user's list is their order."""
     bare = [place for place, member in enumerate(members) if member.chosen.position is not None]
     bare.sort(key=lambda place: members[place].chosen.position or 0)
-    for first, then in zip(bare, bare[1:], strict=False):
+    for first, then in pairwise(bare):
         yield first, then, "listed in this order"
 
 
@@ -129,15 +134,14 @@ def _asked_by_user(members: Sequence[Declared]) -> tuple[list[Wish], list[Findin
 
 
 def _unknown(member: Declared, name: str, names: Iterable[str]) -> Finding:
-    others = sorted(set(names) - {member.name})
-    near = closest(name, others)
+    others = set(names) - {member.name}
     return Finding(
         "TW101",
         "error",
         who=(member.name,),
         what=f"{member.name} is to come after {name!r}, which is not chosen",
-        why=f"chosen: {', '.join(others)}" if others else "nothing else is chosen",
-        fix=f"did you mean {near!r}?" if near else f"take {name!r} out of after=",
+        why=f"chosen: {listing(others)}",
+        fix=did_you_mean(name, others) or f"take {name!r} out of after=",
     )
 
 
@@ -203,8 +207,8 @@ def _reachable(graph: Graph) -> set[tuple[int, int]]:
     for first, then in graph:
         following.setdefault(first, []).append(then)
     pairs = set()
-    for start in following:
-        stack = list(following[start])
+    for start, next_places in following.items():
+        stack = list(next_places)
         while stack:
             place = stack.pop()
             if (start, place) not in pairs:

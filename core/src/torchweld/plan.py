@@ -98,7 +98,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The same as data; the keys are those of the plan's attributes and stay."""
-        return json.dumps(self._as_dict(), indent=2, sort_keys=True)
+        return json.dumps(self._as_dict(), indent=2, sort_keys=True, default=identity)
 
     def summary(self) -> Mapping[str, str]:
         """Flat text, one entry a component and setting: what processes compare and diff."""

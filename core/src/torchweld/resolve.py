@@ -18,7 +18,7 @@ from torchweld.problems import Problem
 from torchweld.suggestions import with_fixes
 
 
-def resolve(  # noqa: PLR0913 - the whole input of a pure function
+def resolve(
     chosen: Sequence[Chosen],
     settings: Settings,
     *,
@@ -49,7 +49,9 @@ def resolve(  # noqa: PLR0913 - the whole input of a pure function
     found = _find(chosen, settings, facts)
     all_problems = [*problems, *found.problems]
     if offered:
-        all_problems = with_fixes(all_problems, chosen, offered, _judge(settings, facts, problems))
+        all_problems = with_fixes(
+            all_problems, chosen, offered, partial(_error_keys, settings, facts, problems)
+        )
     order_of_run = tuple(member.chosen for member in found.ordered.members)
     return Plan(
         order=order_of_run,
@@ -91,30 +93,25 @@ def _find(chosen: Sequence[Chosen], settings: Settings, facts: Mapping[str, bool
     members = adapted.members
     known = Known(members, adapted.settings, facts)
     ordered = order(members)
+    names = {member.name for member in members}
     findings = [
         *adapted.findings,
-        *(finding for member in members for finding in unknown_words(member)),
+        *(finding for member in members for finding in unknown_words(member, names)),
         *find_conflicts(members, known),
         *ordered.findings,
     ]
     return _Found(adapted, ordered, list(in_order(merge(findings))), find_deferred(members, known))
 
 
-class _Judge(NamedTuple):
-    """Answers which errors other choices would have."""
-
-    settings: Settings
-    facts: Mapping[str, bool]
-    given: frozenset[str]
-
-    def __call__(self, chosen: Sequence[Chosen]) -> frozenset[str]:
-        found = _find(chosen, self.settings, self.facts).problems
-        return self.given | {problem.key for problem in found if problem.severity == "error"}
-
-
-def _judge(settings: Settings, facts: Mapping[str, bool], problems: Sequence[Problem]) -> _Judge:
-    given = frozenset(problem.key for problem in problems if problem.severity == "error")
-    return _Judge(settings, facts, given)
+def _error_keys(
+    settings: Settings,
+    facts: Mapping[str, bool],
+    given: Sequence[Problem],
+    chosen: Sequence[Chosen],
+) -> frozenset[str]:
+    """The errors that other choices would have, beside those that were given."""
+    problems = (*given, *_find(chosen, settings, facts).problems)
+    return frozenset(problem.key for problem in problems if problem.severity == "error")
 
 
 def _settled(ordered: Ordered) -> tuple[Settled, ...]:

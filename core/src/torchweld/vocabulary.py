@@ -7,8 +7,7 @@ them.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Literal
@@ -166,7 +165,7 @@ _STRATEGY_TOKENS = (
     Token(
         "grads.elementwise",
         "strategy",
-        "a method that looks at single gradients needs the finished one of every parameter it holds",
+        "a method that looks at single gradients needs finished ones",
         "each process holds the finished gradient of what it holds",
         "a process does not hold the finished gradient of what it holds",
     ),
@@ -295,8 +294,8 @@ _FIT_TOKENS = (
         "loss.visible",
         "fit",
         "targets can be changed only between the model and a loss that core calls",
-        "core calls the loss itself (loss=)",
-        "the loss is computed inside the model or the step function",
+        "core can see the loss",
+        "core cannot see the loss: the model or step= computes it",
     ),
     Token(
         "loss.accepts_soft_targets",
@@ -368,13 +367,3 @@ def is_own_word(name: str) -> bool:
     """Whether ``name`` is a plugin's own word, ``"<name>:word"``."""
     prefix, colon, word = name.partition(":")
     return bool(prefix and colon and word)
-
-
-def closest(word: str, words: Iterable[str]) -> str | None:
-    """The one of ``words`` that ``word`` was probably meant to be.
-
-    >>> closest("model.module", SLOTS)
-    'model.modules'
-    """
-    found = difflib.get_close_matches(word, sorted(words), n=1)
-    return found[0] if found else None
