@@ -66,8 +66,9 @@ TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
 NEWEST_TORCH = "torch==2.13.0"
 # Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
 PINS = {"composer": ["torch==2.7.0", "torchvision==0.22.0", "mosaicml==0.32.1"]}
-WITH_PLUGINS = [*PYTEST, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
+# Other trainers: the benchmark measures them, and the documentation starts from their scripts.
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
+WITH_PLUGINS = [*PYTEST, *PEERS, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "options", "plan", "registry", "resolve", "verdicts", "vocab*"]
@@ -104,13 +105,13 @@ def prepare(
     return str(directory / "bin" / "python")
 
 
-def with_plugins(session: nox.Session, plugins: Sequence[str], *extra: str) -> str:
+def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     """Return the Python of an environment with core and ``plugins``, all in editable mode."""
     folders = ["core", *(f"plugins/{name}" for name in plugins)]
     pins = [pin for name in plugins for pin in PINS[name]]
     editable = [f"--editable={folder}" for folder in folders]
-    requirements = [*pins, *WITH_PLUGINS, *extra, *editable]
-    name = "-".join(["core", *plugins, *extra])
+    requirements = [*pins, *WITH_PLUGINS, *editable]
+    name = "-".join(["core", *plugins])
     return prepare(session, name, requirements, folders=folders)
 
 
@@ -240,7 +241,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the overhead of one step beside other trainers."""
-    python = with_plugins(session, PLUGINS, *PEERS)
+    python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
 
 
