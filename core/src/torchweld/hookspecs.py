@@ -90,8 +90,7 @@ def torchweld_check_plan(  # type: ignore[empty-body]  # a specification
 ) -> Iterable[Problem]:
     """Check a plan against the numbers of this run, where claims cannot say it.
 
-    Called on every rank before the first step, of every installed plugin: answer with nothing
-    when none of your components is in ``plan.order``.
+    Called on every rank before the first step, for plugins with a component in ``plan.order``.
 
     Args:
         plan: the resolved plan.
