@@ -154,14 +154,18 @@ def outside_site_packages(location: str) -> bool:
 
 def _distributions() -> Iterator[Any]:
     """Yield distributions in the order of ``sys.path``; a finder that raises ends the loop."""
-    distributions = iter(importlib_metadata.distributions())
+    every = _every_distribution()
     while True:
-        following = attempt(next, distributions, None)
+        following = attempt(next, every, None)
         if following.error is not None:
             yield following.error
         if following.value is None:
             return
         yield following.value
+
+
+def _every_distribution() -> Iterator[Any]:
+    yield from importlib_metadata.distributions()
 
 
 def _scan(distributions: Iterable[Any]) -> tuple[list[Found], list[Broken]]:
@@ -171,7 +175,7 @@ def _scan(distributions: Iterable[Any]) -> tuple[list[Found], list[Broken]]:
         if isinstance(distribution, BaseException):
             unreadable.append(Broken("", "", "", "sys.meta_path", one_line(distribution)))
             continue
-        text = attempt(distribution.read_text, "entry_points.txt")
+        text = attempt(lambda d: d.read_text("entry_points.txt"), distribution)
         if text.error is not None:
             unreadable.append(
                 _unreadable(distribution, f"entry_points.txt: {one_line(text.error)}")
