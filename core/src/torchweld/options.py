@@ -214,7 +214,9 @@ def _missing(name: str, key: str) -> Problem:
 def _mistyped(name: str, key: str, value: object, annotation: object) -> Problem:
     shown = one_line_repr(value)
     what = f"{name} cannot take {key}={shown}"
-    return _problem(name, what, f"{key} is {describe_type(annotation)}, not {type(value).__name__}")
+    expected, kind = describe_type(annotation), type(value).__name__
+    told = get_origin(annotation) is Literal  # then its values say it better than their type
+    return _problem(name, what, f"{key} is {expected}{'' if told else f', not {kind}'}")
 
 
 def _refused(name: str, error: BaseException) -> Problem:

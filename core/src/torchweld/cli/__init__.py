@@ -49,7 +49,7 @@ def plan(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Check choices without starting anything.
+    r"""Check choices without starting anything.
 
     \b
     torchweld plan strategy=ddp data=torch surgery=blurpool,cutmix:alpha=0.5
@@ -63,9 +63,9 @@ def plan(
     if as_json:
         click.echo(made.to_json())
     elif made.has_errors:
-        click.echo(render_problems(made.problems), nl=False)
+        click.echo(render_problems(made.problems).rstrip())
     else:
-        click.echo(made.explain(world_size=world_size), nl=False)
+        click.echo(made.explain(world_size=world_size).rstrip())
     _mention_broken(registry)
     click.get_current_context().exit(1 if made.has_errors else 0)
 
@@ -74,15 +74,13 @@ def plan(
 @click.argument("code")
 def explain(code: str) -> None:
     """Print the page of a code: TW302."""
-    page = resources.files("torchweld").joinpath("codes", f"{code.upper()}.md")
-    if code.upper() in TITLES and page.is_file():
-        click.echo(page.read_text(encoding="utf-8").rstrip())
-        return
-    listed = "\n".join(f"  {known}  {title}" for known, title in TITLES.items())
-    meant = did_you_mean(code.upper(), TITLES)
-    raise click.UsageError(
-        f"there is no page on {code!r}; {meant}\n\n{listed}".replace("; \n", "\n")
-    )
+    name = code.upper()
+    if name not in TITLES:
+        meant = did_you_mean(name, TITLES) or "the codes are:"
+        listed = "\n".join(f"  {known}  {title}" for known, title in TITLES.items())
+        raise click.UsageError(f"there is no code {code!r}; {meant}\n{listed}")
+    page = resources.files("torchweld") / "codes" / f"{name}.md"
+    click.echo(page.read_text(encoding="utf-8").rstrip())
 
 
 @main.command()
@@ -108,7 +106,7 @@ def inspect_checkpoint(ctx: click.Context, checkpoint: str, as_json: bool) -> No
     Exits with 1 when it is damaged.
     """
     # torch takes 2-3 s to import; no other command needs it.
-    from torchweld.checkpoint import describe, inspect  # noqa: PLC0415
+    from torchweld.checkpoint import describe, inspect
 
     try:
         report = inspect(checkpoint)
