@@ -1,0 +1,99 @@
+"""Everything that has a name in the code has a line in the documentation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from torchweld import hookspecs
+from torchweld.claims import Claims
+from torchweld.cli import main
+from torchweld.components import Component
+from torchweld.problems import TITLES
+from torchweld.vocabulary import SLOTS, TOKENS
+
+ROOT = Path(__file__).parents[2]
+CONTRACTS = (ROOT / "docs" / "contracts.md").read_text("utf-8")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def hook_rows() -> list[str]:
+    hooks = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("torchweld_")}
+    return [f"| `{name}` | {str(hook.__doc__).splitlines()[0]} |" for name, hook in hooks.items()]
+
+
+def slot_rows() -> list[str]:
+    return [
+        f"| `{slot.name}` | {'yes' if slot.exclusive else 'no'} | {slot.edits} | {slot.why} |"
+        for slot in SLOTS.values()
+    ]
+
+
+def token_rows() -> list[str]:
+    return [
+        f"| `{token.name}` | {token.source} | {token.holds} | {token.why} |"
+        for token in TOKENS.values()
+    ]
+
+
+@pytest.mark.parametrize("rows", [hook_rows, slot_rows, token_rows])
+def test_contracts_page_has_the_rows_of_the_code(rows) -> None:
+    table = "\n".join(rows())
+
+    assert f"---|\n{table}\n\n" in CONTRACTS
+
+
+@pytest.mark.parametrize("record", [Component, Claims])
+def test_contracts_page_names_every_field(record: type) -> None:
+    named = set(re.findall(r"`(\w+)`", CONTRACTS))
+
+    assert {field.name for field in fields(record)} <= named
+
+
+def test_codes_page_has_the_title_and_the_link_of_every_code() -> None:
+    table = "\n".join(
+        f"| [{code}](../core/src/torchweld/codes/{code}.md) | {title} |"
+        for code, title in TITLES.items()
+    )
+
+    assert f"---|\n{table}\n" in (ROOT / "docs" / "codes.md").read_text("utf-8")
+
+
+def test_commands_page_has_every_command_and_every_option() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    assert isinstance(main, click.Group)
+    sections = {
+        name: page.partition(f"\n## torchweld {name}")[2].partition("\n## ")[0]
+        for name in main.commands
+    }
+    options = {
+        (name, option)
+        for name, command in main.commands.items()
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+
+    assert [name for name, text in sections.items() if not text] == []
+    assert [
+        (name, option) for name, option in sorted(options) if option not in sections[name]
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        path
+        for path in ROOT.rglob("*.md")
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = LINK.findall(page.read_text("utf-8"))
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
