@@ -128,9 +128,9 @@ def load_weights(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]
 def _from_checkpoint(path: Path) -> dict[str, Tensor]:
     if not is_checkpoint(path):
         raise CheckpointError(f"{path} is a directory but no checkpoint; give a .safetensors file")
-    with Checkpoint.open(path) as checkpoint:
-        names = [name for name in checkpoint.names() if name.startswith(MODEL_PREFIX)]
-        return {name.removeprefix(MODEL_PREFIX): checkpoint.tensor(name) for name in names}
+    checkpoint = Checkpoint.open(path)
+    names = [name for name in checkpoint.names() if name.startswith(MODEL_PREFIX)]
+    return {name.removeprefix(MODEL_PREFIX): checkpoint.tensor(name) for name in names}
 
 
 def _checked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,10 +35,15 @@ def complete(root: str | Path) -> list[Path]:
     return [path for path, manifest in _candidates(Path(root)) if manifest]
 
 
+def checkpoints(root: str | Path) -> list[Path]:
+    """Return all checkpoints under ``root``, incomplete and damaged ones too, newest first."""
+    return [path for path, _ in _candidates(Path(root))]
+
+
 def last(root: str | Path, model_digest: str | None = None) -> tuple[Path | None, list[Skipped]]:
     """Find the newest checkpoint that is complete, intact and of this model.
 
-    Every file of the one returned was read and compared.
+    Every file of the one returned was read and compared: open it with ``verify=False``.
 
     Args:
         root: a ``default_root_dir``, or the directory of one run.
@@ -47,7 +52,7 @@ def last(root: str | Path, model_digest: str | None = None) -> tuple[Path | None
     Returns:
         Its path, or None; and the newer ones that were skipped, with reasons.
     """
-    return _first_intact([path for path, _ in _candidates(Path(root))], model_digest)
+    return _first_intact(checkpoints(root), model_digest)
 
 
 def best(
@@ -56,7 +61,7 @@ def best(
     mode: Literal["min", "max"],
     model_digest: str | None = None,
 ) -> tuple[Path | None, list[Skipped]]:
-    """Find the intact checkpoint with the best ``header["metrics"][monitor]``, as :func:`last` does.
+    """Find the intact checkpoint with the best ``header["metrics"][monitor]``; see :func:`last`.
 
     Of equal ones the newest is taken; one without the metric, or with nan, is not considered.
 

@@ -186,7 +186,11 @@ def _rank_damage(directory: Path, rank: int, stamp: Stamp, *, contents: bool) ->
     damage = stamp.damage(index, contents=True)
     if damage:
         return [f"{index.name}: {damage}"]
-    damage = read_index(directory, rank).tensors.damage(tensors, contents=contents)
+    try:
+        written = read_index(directory, rank).tensors
+    except CheckpointDamaged as error:
+        return [str(error)]
+    damage = written.damage(tensors, contents=contents)
     return [f"{tensors.name}: {damage}"] if damage else []
 
 

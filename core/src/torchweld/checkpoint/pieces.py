@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Piece:
         if isinstance(self.start, int):
             inside = 0 <= self.start <= math.prod(self.global_shape) - self.numel
         else:
-            ends = zip(self.start, self.local_shape, self.global_shape)
+            ends = zip(self.start, self.local_shape, self.global_shape, strict=True)
             same_ndim = len(self.start) == len(self.local_shape) == len(self.global_shape)
             inside = same_ndim and all(0 <= low <= end - size for low, size, end in ends)
         return "" if inside else f"{self} is not inside a tensor of shape {self.global_shape}"
@@ -64,7 +65,7 @@ class Piece:
         if self.local_shape[inner] != self.global_shape[inner]:
             return None
         begin = 0
-        for corner, size in zip(self.start, self.global_shape):
+        for corner, size in zip(self.start, self.global_shape, strict=True):
             begin = begin * size + corner
         return begin, begin + self.numel
 
@@ -110,7 +111,7 @@ def find_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
     """Return two pieces of one tensor that share elements, or None."""
     full = [piece for piece in pieces if piece.numel]
     spans = sorted(((piece.span(), piece) for piece in full if piece.span()), key=_by_span)
-    for (first, one), (second, other) in zip(spans, spans[1:]):
+    for (first, one), (second, other) in pairwise(spans):
         if first and second and second[0] < first[1]:
             return one, other
     scattered = [piece for piece in full if not piece.span()]
@@ -169,18 +170,18 @@ def _view(piece: Piece, local: Tensor, box: Box) -> Tensor:
 
 
 def _copy_box(here: Box, local: Tensor, there: Box, values: Tensor) -> None:
-    low = [max(a, b) for a, b in zip(here.corner, there.corner)]
-    high = [min(a, b) for a, b in zip(_end(here), _end(there))]
-    if all(begin < end for begin, end in zip(low, high)):
+    low = [max(a, b) for a, b in zip(here.corner, there.corner, strict=True)]
+    high = [min(a, b) for a, b in zip(_end(here), _end(there), strict=True)]
+    if all(begin < end for begin, end in zip(low, high, strict=True)):
         local[_slices(here, low, high)].copy_(values[_slices(there, low, high)])
 
 
 def _slices(box: Box, low: Sequence[int], high: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a - c, b - c) for a, b, c in zip(low, high, box.corner))
+    return tuple(slice(a - c, b - c) for a, b, c in zip(low, high, box.corner, strict=True))
 
 
 def _end(box: Box) -> Corner:
-    return tuple(corner + size for corner, size in zip(box.corner, box.size))
+    return tuple(corner + size for corner, size in zip(box.corner, box.size, strict=True))
 
 
 def _share(one: Piece, other: Piece) -> bool:
@@ -188,9 +189,9 @@ def _share(one: Piece, other: Piece) -> bool:
 
 
 def _meet(one: Box, other: Box) -> bool:
-    begins = (max(a, b) for a, b in zip(one.corner, other.corner))
-    ends = (min(a, b) for a, b in zip(_end(one), _end(other)))
-    return all(begin < end for begin, end in zip(begins, ends))
+    begins = (max(a, b) for a, b in zip(one.corner, other.corner, strict=True))
+    ends = (min(a, b) for a, b in zip(_end(one), _end(other), strict=True))
+    return all(begin < end for begin, end in zip(begins, ends, strict=True))
 
 
 def _by_span(pair: tuple[tuple[int, int] | None, Piece]) -> tuple[int, int]:

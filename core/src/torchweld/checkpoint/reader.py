@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,25 +130,8 @@ class Checkpoint:
         return self._indexes[rank].state if rank < len(self._indexes) else None
 
     def decode(self, encoded: object) -> Any:
-        """Rebuild a state from the header; its tensors were written under the keys of ``encode``."""
+        """Rebuild a state from the header; its tensors were saved under their keys."""
         return decode_with(encoded, self.tensor)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.clear()
-
-    def __enter__(self) -> Checkpoint:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
     def _of(self, name: str) -> list[tuple[int, Stored]]:
         if name not in self._pieces:
@@ -177,7 +158,8 @@ class Checkpoint:
             flat = _from_bytes(flat, dtype)
         if flat.dtype != dtype or flat.shape != (stored.piece.numel,):
             raise CheckpointDamaged(
-                f"{path}: {stored.key!r} is {flat.dtype} {list(flat.shape)}, not what the index says"
+                f"{path}: {stored.key!r} is {list(flat.shape)} of {flat.dtype}, "
+                f"its index says {stored.piece.numel} of {dtype}"
             )
         return flat
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchweld.checkpoint.find import complete
+from torchweld.checkpoint.find import checkpoints
 from torchweld.checkpoint.format import (
     MANIFEST,
     Stored,
@@ -42,7 +42,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     if is_checkpoint(directory):
         return _inspect_checkpoint(directory)
-    found = complete(directory)
+    found = checkpoints(directory)
     if not found:
         raise CheckpointError(
             f"no checkpoint at {directory}: it is "
@@ -119,7 +119,7 @@ def _groups(header: Mapping[str, Any]) -> list[dict[str, Any]]:
     return summaries
 
 
-def _no_tensor(key: str) -> Tensor:
+def _no_tensor(_key: str) -> Tensor:
     return torch.empty(0, device="meta")  # such as a learning rate kept in a tensor: not read
 
 
@@ -140,9 +140,11 @@ def _bytes(stored: Stored) -> int:
 
 
 def _line(report: Mapping[str, Any]) -> str:
-    metrics = _pairs(report.get("metrics") or {})
-    state = "intact" if not report["damage"] else "damaged: " + "; ".join(report["damage"])
-    return f"{report['path']}   step {report['step']}   {report['created']}   {metrics}   {state}"
+    parts = [report["path"]]
+    if "step" in report:
+        parts += [f"step {report['step']}", report["created"], _pairs(report["metrics"] or {})]
+    parts.append("damaged: " + "; ".join(report["damage"]) if report["damage"] else "intact")
+    return "   ".join(part for part in parts if part)
 
 
 def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:

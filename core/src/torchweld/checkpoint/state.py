@@ -29,6 +29,9 @@ _Path = tuple[object, ...]
 # The only factories of a defaultdict that come back; any other is code, which is never stored.
 _FACTORIES = {"None": None, "int": int, "float": float, "list": list, "dict": dict, "set": set}
 _EXACT_JSON_INT = 2**63
+_NUMPY_NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64
+float16 float32 float64 complex64 complex128"""
+_NUMPY_DTYPES = {np.dtype(name) for name in _NUMPY_NAMES.split()}
 _KEYS = (type(None), bool, int, float, str, tuple)
 
 
@@ -142,16 +145,15 @@ class _Encoder:
         raise self._error(path, f"a defaultdict of {value.default_factory!r}")
 
     def _numpy(self, value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
-        native = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("="))
-        if value.dtype.kind not in "biufc" or value.dtype.itemsize > np.dtype(complex).itemsize:
+        native = value.dtype.newbyteorder("=")
+        if native not in _NUMPY_DTYPES:
             raise self._error(path, f"a numpy value of dtype {value.dtype}")
         if isinstance(value, np.generic):
-            return _tagged("numpy", self.encode(value.item(), path), dtype=value.dtype.name)
-        try:
-            tensor = torch.from_numpy(native.reshape(value.shape))
-        except TypeError:
-            raise self._error(path, f"a numpy array of dtype {value.dtype}") from None
-        return {TAG: "ndarray", "value": self._keep(tensor, path), "dtype": value.dtype.str}
+            return _tagged("numpy", self.encode(value.item(), path), dtype=native.name)
+        # torch warns about memory that it must not write to, although nobody will.
+        array = value.astype(native, order="C", copy=not value.flags.writeable)
+        key = self._keep(torch.from_numpy(array), path)
+        return _tagged("ndarray", key, dtype=value.dtype.str)
 
     def _keep(self, tensor: Tensor, path: _Path) -> str:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
@@ -174,8 +176,9 @@ class _Encoder:
 
     def _error(self, path: _Path, what: str) -> CheckpointError:
         return CheckpointError(
-            f"the state of {self._where!r} cannot be saved: {_place(path)} is {what}, which has no form "
-            "without pickle; let its state_dict return numbers, strings, lists, dicts and tensors"
+            f"the state of {self._where!r} cannot be saved: {_place(path)} is {what}, which has "
+            "no form without pickle; let its state_dict return numbers, strings, lists, dicts and "
+            "tensors"
         )
 
 
