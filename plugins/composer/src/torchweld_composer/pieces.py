@@ -1,0 +1,216 @@
+"""The pieces of ``Parts`` that ask an algorithm: one small object for each moment of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from torchweld.errors import CheckpointError, RunError
+from torchweld.interfaces import Border, Run
+from torchweld_composer.batches import own_container, targets_of, with_targets
+from torchweld_composer.driver import Driver
+from torchweld_composer.events import BATCH, LOSS, ONCE_A_STEP, OPTIMIZER, STEP, TARGETS
+
+
+class BatchPiece:
+    """A batch transform: ``AFTER_DATALOADER`` to ``BEFORE_FORWARD``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._first = driver.chosen(BATCH)
+        self._later = tuple(event for event in self._first if event not in ONCE_A_STEP)
+
+    def bind(self, run: Run) -> BatchPiece:
+        """Take what only the prepared run knows."""
+        self.driver.bind(run)
+        return self
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the changed batch; the given container is left as it was."""
+        driver = self.driver
+        events = self._first if driver.clock.micro_batch() else self._later
+        driver.state.batch = own_container(batch)
+        for event in events:
+            driver.fire(event)
+        return driver.state.batch
+
+
+class TargetPiece:
+    """A target transform: ``AFTER_FORWARD`` and ``BEFORE_LOSS``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._events = driver.chosen(TARGETS)
+        self._key = getattr(driver.algorithm, "target_key", 1)
+        # On dense targets Composer's CutMix pastes into the target tensor in place.
+        self._copies = hasattr(driver.algorithm, "_bbox")
+
+    def bind(self, run: Run) -> TargetPiece:
+        """Take what only the prepared run knows."""
+        self.driver.bind(run)
+        return self
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """Return the changed targets."""
+        state = self.driver.state
+        if self._copies and isinstance(targets, torch.Tensor) and targets.dim() > 2:
+            targets = targets.clone()
+        state.outputs = outputs
+        state.batch = with_targets(state.batch, targets, self._key)
+        for event in self._events:
+            self.driver.fire(event)
+        if state.outputs is not outputs:
+            raise RunError(
+                f"{self.driver.role.name} replaced the outputs of the model, which a torchweld "
+                "surgery cannot; change them in a module of the model instead"
+            )
+        return targets_of(state.batch, targets, self._key)
+
+
+class LossPiece:
+    """Around the loss: ``AFTER_LOSS`` and ``BEFORE_BACKWARD``; in training only."""
+
+    def __init__(self, driver: Driver, loss: Callable[[Any, Any], Any]) -> None:
+        self.driver = driver
+        self._loss = loss
+        self._events = driver.chosen(LOSS)
+        self._key = getattr(driver.algorithm, "target_key", 1)
+        self._model = SimpleNamespace(loss=self._of_batch)
+
+    def bind(self, run: Run) -> LossPiece:
+        """Take what only the prepared run knows."""
+        self.driver.bind(run)
+        return self
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """Return the loss as the algorithm leaves it."""
+        value = self._loss(outputs, targets)
+        if not torch.is_grad_enabled():  # evaluation
+            return value
+        state, model = self.driver.state, self.driver.state.model
+        state.outputs = outputs
+        state.batch = with_targets(state.batch, targets, self._key)
+        state.loss = value["loss"] if isinstance(value, Mapping) else value
+        state.model = self._model
+        try:
+            for event in self._events:
+                self.driver.fire(event)
+        finally:
+            state.model = model
+        return {**value, "loss": state.loss} if isinstance(value, Mapping) else state.loss
+
+    def _of_batch(self, outputs: Any, batch: Any) -> Any:
+        """``ComposerModel.loss``: algorithms give a pair of inputs and targets."""
+        value = self._loss(outputs, batch[1])
+        return value["loss"] if isinstance(value, Mapping) else value
+
+
+class GradPiece:
+    """A gradient transform: ``AFTER_TRAIN_BATCH``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def __call__(self, named: Iterable[tuple[str, Any]]) -> None:
+        """Let the algorithm change the gradients of the model in place."""
+        self.driver.fire("AFTER_TRAIN_BATCH")
+
+
+class OptimizerPiece:
+    """An optimizer wrapper: ``AFTER_LOAD``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def __call__(self, optimizer: Any) -> Any:
+        """Return the optimizer that the algorithm leaves."""
+        state = self.driver.state
+        state.optimizers = [optimizer]
+        for event in self.driver.chosen(OPTIMIZER):
+            self.driver.fire(event)
+        (changed,) = state.optimizers
+        return changed
+
+
+class StepPiece:
+    """After every applied optimizer step: ``BATCH_END`` and ``BATCH_CHECKPOINT``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._events = driver.chosen(STEP)
+
+    def bind(self, run: Run) -> StepPiece:
+        """Take what only the prepared run knows."""
+        self.driver.bind(run)
+        return self
+
+    def __call__(self) -> None:
+        """Count the step, then ask the algorithm."""
+        self.driver.clock.applied()
+        for event in self._events:
+            self.driver.fire(event)
+
+
+class BorderPiece:
+    """A callback: starts and ends of the run, of epochs and of evaluations; keeps the state."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def bind(self, run: Run) -> BorderPiece:
+        """Take what only the prepared run knows."""
+        self.driver.bind(run)
+        return self
+
+    def at(self, border: Border, run: Run) -> None:
+        """Ask the algorithm at the events of this border."""
+        driver = self.driver
+        driver.bind(run)
+        driver.clock.at_border(border)
+        if "epoch_end" in border.kind:
+            driver.clock.next_epoch()
+        if driver.role.watched:
+            driver.refuse_other_events()
+        for event in driver.chosen(_events_of(border.kind)):
+            driver.fire(event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress, and whatever the algorithm saves."""
+        state = {} if self.driver.role.unresumable else dict(self.driver.algorithm.state_dict())
+        state.pop("repr", None)  # Composer's own base class writes it; it describes, it is no state
+        return {"clock": self.driver.clock.state_dict(), "algorithm": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: Composer's algorithm cannot be continued.
+        """
+        role = self.driver.role
+        if role.unresumable and state["clock"]["step"]:
+            raise CheckpointError(
+                f"{role.name} cannot be resumed: {role.unresumable}; train from the start, or "
+                f"give the weights alone (init_weights=) and leave {role.name} out"
+            )
+        self.driver.clock.load_state_dict(state["clock"])
+        if state["algorithm"]:
+            self.driver.algorithm.load_state_dict(dict(state["algorithm"]))
+
+
+_AT_BORDER = (
+    ("fit_start", ("FIT_START", "EPOCH_START")),
+    ("epoch_end", ("EPOCH_END", "EPOCH_CHECKPOINT")),
+    ("eval_start", ("EVAL_START",)),
+    ("eval_end", ("EVAL_END",)),
+    ("fit_end", ("FIT_END",)),
+)
+
+
+def _events_of(kind: frozenset[str]) -> list[str]:
+    events = [event for word, names in _AT_BORDER if word in kind for event in names]
+    if "epoch_end" in kind and "fit_end" not in kind:
+        events.append("EPOCH_START")  # of the next one
+    return events
