@@ -189,7 +189,7 @@ def _unknown(stock: Inventory, name: str, phase: Phase) -> Problem:
     fixes = [
         *_elsewhere(stock, name, phase),
         *_meant(name, names),
-        *(f"{b.label} is broken and may offer it: {b.error}" for b in stock.broken),
+        *_perhaps_broken(stock),
     ]
     what = f"no {WORDS[phase]} is called {name!r}"
     return Problem("TW101", "error", what, why, "; ".join(fixes), who=(name,))
@@ -207,6 +207,14 @@ def _meant(name: str, installed: set[str]) -> list[str]:
         return []
     where = f" it is in the distribution {ours[found]}" if found not in installed else ""
     return [f"did you mean {found!r}?{where}" if found != name else where.strip()]
+
+
+def _perhaps_broken(stock: Inventory) -> list[str]:
+    labels = sorted({broken.label for broken in stock.broken})
+    if not labels:
+        return []
+    verb = "is" if len(labels) == 1 else "are"
+    return [f"{', '.join(labels)} {verb} broken and may offer it (torchweld plugins says why)"]
 
 
 def _ambiguous(name: str, phase: Phase, items: tuple[Offered, ...]) -> Problem:

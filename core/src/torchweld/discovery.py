@@ -194,7 +194,8 @@ def _read(
     described = attempt(_describe, distribution)
     if described.value is None:
         reason = one_line(described.error) if described.error else "it names no distribution"
-        unreadable.append(_unreadable(distribution, f"METADATA cannot be read: {reason}"))
+        error = f"METADATA cannot be read: {reason}"
+        unreadable += [_unreadable(distribution, error, entry_point=key) for key, _ in entries]
         return
     name, version, requires = described.value
     where = _location(distribution)
@@ -224,12 +225,12 @@ def _describe(distribution: Any) -> tuple[str, str, tuple[str, ...]] | None:
     return str(name), str(metadata["Version"] or ""), tuple(str(text) for text in requires)
 
 
-def _unreadable(distribution: Any, error: str) -> Broken:
+def _unreadable(distribution: Any, error: str, entry_point: str = "") -> Broken:
     """A distribution that cannot be read, named by its directory as nothing else is known."""
     folder = Path(str(getattr(distribution, "_path", ""))).name
     name, _, version = folder.rpartition(".")[0].partition("-")
     hint = f"a damaged or half-removed installation ({folder}): install it again or delete it"
-    return Broken("", name, version, _location(distribution), error, hint)
+    return Broken(entry_point, name, version, _location(distribution), error, hint)
 
 
 def _location(distribution: Any) -> str:
