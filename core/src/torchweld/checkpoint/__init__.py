@@ -7,7 +7,7 @@ nothing is gathered. ``format`` draws the directory, ``state`` says what a compo
 from __future__ import annotations
 
 from torchweld.checkpoint.export import export_shards, export_weights, load_weights
-from torchweld.checkpoint.find import Skipped, best, complete, last, prune, remove
+from torchweld.checkpoint.find import Skipped, best, checkpoints, complete, last, prune, remove
 from torchweld.checkpoint.format import find_damage, is_checkpoint
 from torchweld.checkpoint.reader import Checkpoint
 from torchweld.checkpoint.report import describe, inspect
@@ -20,6 +20,7 @@ __all__ = [
     "Skipped",
     "alone",
     "best",
+    "checkpoints",
     "complete",
     "decode",
     "describe",
