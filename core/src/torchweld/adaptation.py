@@ -15,8 +15,8 @@ from torchweld.claims import Adapt
 from torchweld.components import Chosen, Settings
 from torchweld.declared import (
     Declared,
+    changed_options,
     declare,
-    differs_from_default,
     sort_key,
     value_text,
     with_options,
@@ -166,7 +166,7 @@ def _adjusted_text(member: Declared, rule: Adapt, known: Known) -> str:
     given = [
         f"{name}={value_text(getattr(chosen.options, name))}"
         for name, new in sorted(rule.options.items())
-        if differs_from_default(chosen, name) and getattr(chosen.options, name) != new
+        if name in changed_options(chosen) and getattr(chosen.options, name) != new
     ]
     instead = f" instead of your {', '.join(given)}" if given else ""
     reason = f", {rule.reason}" if rule.reason else ""

@@ -135,20 +135,20 @@ def with_options(chosen: Chosen, options: Mapping[str, object]) -> Chosen:
 
 def options_text(chosen: Chosen) -> str:
     """The options that differ from their defaults, ``a=1, b='x'``."""
+    changed = changed_options(chosen)
+    return ", ".join(f"{name}={value_text(getattr(chosen.options, name))}" for name in changed)
+
+
+def changed_options(chosen: Chosen) -> dict[str, object]:
+    """The default of every option that has another value; a required one is always among them."""
     if chosen.options is None:
-        return ""
-    shown = [
-        f"{field.name}={value_text(getattr(chosen.options, field.name))}"
-        for field in fields(chosen.options)
-        if differs_from_default(chosen, field.name)
-    ]
-    return ", ".join(shown)
-
-
-def differs_from_default(chosen: Chosen, name: str) -> bool:
-    """Whether the user (or an adaptation) gave option ``name`` another value than its default."""
-    default = {field.name: _default(field) for field in fields(chosen.options)}.get(name, MISSING)
-    return identity(getattr(chosen.options, name, MISSING)) != identity(default)
+        return {}
+    defaults = {field.name: _default(field) for field in fields(chosen.options)}
+    return {
+        name: default
+        for name, default in defaults.items()
+        if identity(getattr(chosen.options, name)) != identity(default)
+    }
 
 
 def value_text(value: object) -> str:

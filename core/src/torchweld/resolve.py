@@ -47,11 +47,8 @@ def resolve(
     facts = dict(facts or {})
     check_facts(facts)
     found = _find(chosen, settings, facts)
-    all_problems = [*problems, *found.problems]
-    if offered:
-        all_problems = with_fixes(
-            all_problems, chosen, offered, partial(_error_keys, settings, facts, problems)
-        )
+    judge = partial(_error_keys, settings, facts, problems)
+    explained = with_fixes([*problems, *found.problems], chosen, offered, judge)
     order_of_run = tuple(member.chosen for member in found.ordered.members)
     return Plan(
         order=order_of_run,
@@ -61,7 +58,7 @@ def resolve(
         deferred=found.deferred,
         settings=found.adapted.settings,
         problems=settle_severities(
-            all_problems, allow=allow, strict=strict, open_keys=_open_keys(found.deferred)
+            explained, allow=allow, strict=strict, open_keys=_open_keys(found.deferred)
         ),
         digest=make_digest(order_of_run, found.adapted.settings),
         facts=facts,

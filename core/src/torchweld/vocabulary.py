@@ -124,8 +124,8 @@ _STRATEGY_TOKENS = (
         "params.local",
         "strategy",
         "an average of the weights reads them between two steps",
-        "this process can read the parameters it trains between two steps",
-        "this process cannot read its parameters between two steps",
+        "a process can read its parameters between two steps",
+        "a process cannot read its parameters between two steps",
     ),
     Token(
         "params.writable",
