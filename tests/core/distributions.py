@@ -31,7 +31,7 @@ class Site:
     path: Path
     names: list[str] = field(default_factory=list)
 
-    def plugin(  # noqa: PLR0913  # a test names what is odd about its plugin
+    def plugin(
         self,
         name: str,
         *,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tests.core.distributions import OFFER, Site, break_everything
 
+from tests.core.distributions import OFFER, Site, break_everything
 from torchweld import Settings, Use
 from torchweld.cli import main
 from torchweld.cli.choices import read_choices, read_value, read_words
@@ -209,7 +209,7 @@ def test_a_broken_plugin_is_one_entry_with_the_way_to_switch_it_off(site: Site) 
     [
         (["plugins"], 0, "torchweld-hook_raises"),
         (["plugins", "--json"], 0, "hook_raises"),
-        (["plan", "strategy=ddp"], 0, "broken, not used: torchweld-hook_raises"),
+        (["plan", "strategy=ddp"], 0, "broken, not used: torchweld-a_class, torchweld-exits"),
         (["explain", "TW302"], 0, "TW302"),
         (["doctor"], 1, "torchweld-hook_raises"),
         (["--help"], 0, "doctor"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import importlib_metadata
 import pytest
-from tests.core.distributions import BREAKAGES, Site, break_everything
 
+from tests.core.distributions import BREAKAGES, Site, break_everything
 from torchweld.discovery import discover
 from torchweld.inventory import Inventory, take_stock
 from torchweld.planning import make_plan
@@ -254,7 +254,7 @@ def test_metadata_is_read_only_of_distributions_with_our_group(
     def counting(self: importlib_metadata.PathDistribution, filename: str) -> str | None:
         if Path(str(self.locate_file(""))) == site.path:
             reads.append(filename)
-        return read_text(self, filename)  # type: ignore[arg-type]  # its stub wants a path
+        return read_text(self, filename)
 
     monkeypatch.setattr(importlib_metadata.PathDistribution, "read_text", counting)
     discover({})
@@ -280,7 +280,7 @@ def importlib_metadata_8_9(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("importlib_metadata")
     arguments = ["install", "-q", "--disable-pip-version-check", "--target", str(target)]
     command = [sys.executable, "-m", "pip", *arguments, "importlib_metadata==8.9.0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"importlib_metadata 8.9.0 cannot be had: {done.stderr.strip()[-200:]}")
     return target

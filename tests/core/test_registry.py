@@ -72,6 +72,10 @@ def double(parts: Any, factor: int = 2) -> Any:
     return parts
 
 
+def unreadable_claims(options: Any, settings: Settings) -> Claims:
+    raise ZeroDivisionError
+
+
 class Own:
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -102,8 +106,10 @@ def test_a_preset_expands_and_an_option_of_the_user_wins() -> None:
     plain, _ = registry.choose("shard_stage_3", "strategy")
     changed, problems = registry.choose(use("shard_stage_3", stage=2), "strategy")
 
-    assert plain is not None and plain.options == ShardOptions(3, True)
-    assert changed is not None and changed.options == ShardOptions(2, True)
+    assert plain is not None
+    assert plain.options == ShardOptions(3, True)
+    assert changed is not None
+    assert changed.options == ShardOptions(2, True)
     assert (changed.name, problems) == ("shard", [])
 
 
@@ -148,7 +154,8 @@ def test_wrong_options_leave_a_choice_that_can_still_be_checked() -> None:
 
     chosen, problems = registry.choose(use("shard", stge=2, offload=True), "strategy")
 
-    assert chosen is not None and chosen.options == ShardOptions(offload=True)
+    assert chosen is not None
+    assert chosen.options == ShardOptions(offload=True)
     assert [p.code for p in problems] == ["TW103"]
 
 
@@ -189,7 +196,8 @@ def test_a_component_given_directly_needs_no_registry() -> None:
     chosen, problems = Registry().choose(MIX, "surgery")
 
     assert problems == []
-    assert chosen is not None and chosen.component is MIX
+    assert chosen is not None
+    assert chosen.component is MIX
 
 
 def test_an_object_is_adopted_and_enters_the_digest_by_its_values() -> None:
@@ -198,7 +206,8 @@ def test_an_object_is_adopted_and_enters_the_digest_by_its_values() -> None:
     chosen, problems = Registry(plugins).choose(Algorithm(), "surgery", position=0)
 
     assert problems == []
-    assert chosen is not None and chosen.name == "algorithm"
+    assert chosen is not None
+    assert chosen.name == "algorithm"
     assert chosen.position is None
     assert isinstance(chosen.make(), Algorithm)
     assert digest(Algorithm(), plugins=plugins) == digest(Algorithm(), plugins=plugins)
@@ -263,7 +272,8 @@ def test_functions_keep_the_order_in_which_they_are_listed() -> None:
 def test_after_reaches_a_choice_through_use() -> None:
     chosen, _ = Registry().choose(use(double, after="mix"), "surgery")
 
-    assert chosen is not None and chosen.after == ("mix",)
+    assert chosen is not None
+    assert chosen.after == ("mix",)
 
 
 @pytest.mark.parametrize("choice", [None, 3, object()])
@@ -277,7 +287,7 @@ def test_something_that_cannot_be_a_choice_says_what_can(choice: object) -> None
 def test_offered_leaves_out_what_could_not_run() -> None:
     needy = Component("needy", "", "x:y", needs=["nobody-has-this"])
     newer = Component("newer", "", "x:y", api=99)
-    silly = Component("silly", "", "x:y", claims=lambda options, settings: 1 / 0)
+    silly = Component("silly", "", "x:y", claims=unreadable_claims)
     registry = Registry([Offers(MIX, needy, newer, silly)], builtins=False)
 
     assert [chosen.name for chosen in registry.offered(Settings())] == ["mix"]
@@ -354,7 +364,7 @@ def test_the_plan_shows_every_mistake_at_once() -> None:
 
 
 def test_claims_that_raise_are_an_error_of_the_plan() -> None:
-    silly = Component("silly", "", "x:y", claims=lambda options, settings: 1 / 0)
+    silly = Component("silly", "", "x:y", claims=unreadable_claims)
 
     plan = make_plan(Registry(), strategy="single", data="torch", surgery=silly)
 

@@ -14,7 +14,7 @@ from torchweld.inventory import Inventory
 from torchweld.offers import Offered, api_fault, component_faults
 from torchweld.options import build_options, one_line_repr
 from torchweld.problems import Problem
-from torchweld.requirements import needs
+from torchweld.requirements import compare, needs
 from torchweld.spelling import canonical, closest, listing
 
 OUR_PLUGINS: Mapping[str, tuple[str, ...]] = {
@@ -77,11 +77,18 @@ def choose(
     return chosen, problems
 
 
-def unusable(stock: Inventory, item: Offered) -> list[Problem]:
-    """Say why an installed component cannot be used; empty when it can."""
-    name = item.component.name
-    faults = [_is_broken(name, item.phase, fault) for fault in stock.faults_of(item)]
-    return [*faults, *_requirements(item.component)]
+def usable(stock: Inventory) -> list[Offered]:
+    """What could be chosen without a problem."""
+    twice = [item for group in stock.duplicates() for item in group]
+    found = compare(item.component.needs for item in stock.offered)
+    return [
+        item
+        for item in stock.offered
+        if all(need.met for need in found[tuple(item.component.needs)])
+        and not api_fault(item.component)
+        and not stock.faults_of(item)
+        and item not in twice
+    ]
 
 
 def _find(stock: Inventory, name: object, phase: Phase) -> tuple[_Pick | None, list[Problem]]:
@@ -100,7 +107,8 @@ def _by_name(stock: Inventory, name: str, phase: Phase) -> tuple[_Pick | None, l
         return None, [_ambiguous(name, phase, items)]
     item = items[0]
     presets = {} if name == item.component.name else item.component.presets[name]
-    return _Pick(item.component, item.origin, presets), unusable(stock, item)
+    faults = [_is_broken(name, phase, fault) for fault in stock.faults_of(item)]
+    return _Pick(item.component, item.origin, presets), faults + _requirements(item.component)
 
 
 def _direct(

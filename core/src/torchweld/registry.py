@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchweld.choosing import choose, unusable
+from torchweld.choosing import choose, usable
 from torchweld.claims import Claims, Phase
 from torchweld.components import Choice, Chosen, Settings
 from torchweld.discovery import Broken, switch_off_hint
@@ -88,11 +88,9 @@ class Registry:
 
     def offered(self, settings: Settings) -> tuple[Chosen, ...]:
         """Every usable component with its default options, from which fixes are suggested."""
-        twice = [item for group in self.stock.duplicates() for item in group]
         chosen = [
             Chosen(item.phase, item.component, options, item.origin)
-            for item in self.stock.offered
-            if item not in twice and not unusable(self.stock, item)
+            for item in usable(self.stock)
             for options in _defaults(item)
         ]
         return tuple(c for c in chosen if _has_claims(c, settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import importlib_metadata
@@ -53,6 +53,16 @@ def needs(requirements: Iterable[str]) -> tuple[Need, ...]:
     parsed = [Requirement(text) for text in requirements]
     here = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
     return tuple(_need(requirement) for requirement in here)
+
+
+def compare(wanted: Iterable[Sequence[str]]) -> dict[tuple[str, ...], tuple[Need, ...]]:
+    """Compare several lists of requirements, each distinct one once.
+
+    Reading a version parses the METADATA of its distribution, 5 ms for a long one, and the
+    components of one plugin all need the same. Not remembered longer: a notebook may install
+    what was missing and ask again.
+    """
+    return {needed: needs(needed) for needed in {tuple(requirements) for requirements in wanted}}
 
 
 def malformed(requirements: Iterable[str]) -> tuple[str, ...]:

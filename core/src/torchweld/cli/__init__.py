@@ -6,17 +6,12 @@ Every command answers while a plugin is broken; only ``inspect`` may import torc
 from __future__ import annotations
 
 import json
-from importlib import resources
 
 import click
 
-from torchweld.cli.choices import Asked, read_words
 from torchweld.cli.group import PluginGroup
 from torchweld.cli.screens import doctor_text, plugins_data, plugins_text
 from torchweld.errors import CheckpointError, InvalidArgument
-from torchweld.explain import render_problems
-from torchweld.plan import Plan
-from torchweld.planning import auto_strategy, make_plan
 from torchweld.problems import TITLES
 from torchweld.registry import Registry
 from torchweld.spelling import did_you_mean
@@ -58,8 +53,15 @@ def plan(
     Values are TOML literals and bare words; quotes protect commas and colons.
     Exits with 1 when the choices cannot run together.
     """
+    # Only this command resolves; `torchweld plugins` has 0.3 s in all.
+    from torchweld.cli.planned import plan_of_words
+    from torchweld.explain import render_problems
+
     registry = Registry.installed()
-    made = _plan(registry, _asked(words), world_size, allow, strict)
+    try:
+        made = plan_of_words(registry, words, world_size=world_size, allow=allow, strict=strict)
+    except InvalidArgument as error:
+        raise click.UsageError(str(error)) from None
     if as_json:
         click.echo(made.to_json())
     elif made.has_errors:
@@ -74,6 +76,9 @@ def plan(
 @click.argument("code")
 def explain(code: str) -> None:
     """Print the page of a code: TW302."""
+    # Imports tempfile and its kin, 20 ms.
+    from importlib import resources
+
     name = code.upper()
     if name not in TITLES:
         meant = did_you_mean(name, TITLES) or "the codes are:"
@@ -117,38 +122,10 @@ def inspect_checkpoint(ctx: click.Context, checkpoint: str, as_json: bool) -> No
     ctx.exit(1 if damaged else 0)
 
 
-def _asked(words: tuple[str, ...]) -> Asked:
-    try:
-        return read_words(words)
-    except InvalidArgument as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _plan(
-    registry: Registry, asked: Asked, world_size: int | None, allow: tuple[str, ...], strict: bool
-) -> Plan:
-    val_data = list(asked.val_data)
-    if len(val_data) > 1:
-        raise click.UsageError("val_data takes one data source")
-    try:
-        return make_plan(
-            registry,
-            strategy=list(asked.strategy) or auto_strategy(world_size or 1),
-            data=list(asked.data) or "torch",
-            val_data=val_data[0] if val_data else None,
-            surgery=list(asked.surgery),
-            settings=asked.settings,
-            facts=None if world_size is None else {"world>1": world_size > 1},
-            allow=allow,
-            strict=strict,
-        )
-    except InvalidArgument as error:
-        raise click.UsageError(str(error)) from None
-
-
 def _mention_broken(registry: Registry) -> None:
-    for broken in registry.broken:
-        click.echo(f"broken, not used: {broken.label} (torchweld plugins says why)", err=True)
+    labels = sorted({broken.label for broken in registry.broken})
+    if labels:
+        click.echo(f"broken, not used: {', '.join(labels)} (torchweld plugins says why)", err=True)
 
 
 def _json(data: object) -> str:

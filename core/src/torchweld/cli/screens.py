@@ -12,7 +12,7 @@ from torchweld.discovery import Broken, Found, outside_site_packages
 from torchweld.inventory import Inventory
 from torchweld.offers import Offered
 from torchweld.options import option_rows
-from torchweld.requirements import Need, installed_version, needs
+from torchweld.requirements import Need, compare, installed_version
 
 _WIDTH = 100
 _ORDER: tuple[Phase, ...] = ("strategy", "data", "surgery")
@@ -22,7 +22,8 @@ _LABEL = 11
 
 def plugins_text(stock: Inventory) -> str:
     """Every component with its distribution, then everything that is wrong."""
-    rows = [_row(item) for phase in _ORDER for item in stock.offered if item.phase == phase]
+    found = compare(item.component.needs for item in stock.offered)
+    rows = [_row(item, found[tuple(item.component.needs)]) for item in _in_order(stock)]
     name, summary = (max((len(row[i]) for row in rows), default=0) + 3 for i in (1, 2))
     lines, shown = [], ""
     for phase, *cells in rows:
@@ -36,9 +37,10 @@ def plugins_text(stock: Inventory) -> str:
 
 def plugins_data(stock: Inventory) -> dict[str, Any]:
     """The same as data; keys are added, never changed."""
+    found = compare(item.component.needs for item in stock.offered)
     return {
         "components": [
-            _component(item) for phase in _ORDER for item in stock.offered if item.phase == phase
+            _component(item, found[tuple(item.component.needs)]) for item in _in_order(stock)
         ],
         "broken": [vars(broken) for broken in stock.broken],
         "disabled": [_found(found) for found in stock.disabled],
@@ -75,8 +77,12 @@ def broken_line(broken: Broken) -> str:
     return f"{broken.label}   {_error(broken)}"
 
 
-def _row(item: Offered) -> tuple[str, str, str, str]:
-    versions = "   ".join(_need(need) for need in needs(item.component.needs))
+def _in_order(stock: Inventory) -> list[Offered]:
+    return sorted(stock.offered, key=lambda item: _ORDER.index(item.phase))
+
+
+def _row(item: Offered, found: Sequence[Need]) -> tuple[str, str, str, str]:
+    versions = "   ".join(_need(need) for need in found)
     return item.phase, item.component.name, item.component.summary, f"{_place(item)}   {versions}"
 
 
@@ -154,8 +160,9 @@ def _plugin_lines(stock: Inventory) -> Iterator[str]:
 
 
 def _unmet_lines(stock: Inventory) -> Iterator[str]:
+    found = compare(item.component.needs for item in stock.offered)
     for item in stock.offered:
-        for need in needs(item.component.needs):
+        for need in found[tuple(item.component.needs)]:
             if not need.met:
                 yield from _labelled("unmet", f"{item.component.name} needs {need.finding}")
 
@@ -169,7 +176,7 @@ def _found(found: Found) -> dict[str, str]:
     return {name: getattr(found, name) for name in names}
 
 
-def _component(item: Offered) -> dict[str, Any]:
+def _component(item: Offered, found: Sequence[Need]) -> dict[str, Any]:
     component = item.component
     return {
         "phase": item.phase,
@@ -188,6 +195,6 @@ def _component(item: Offered) -> dict[str, Any]:
         "presets": sorted(component.presets),
         "needs": [
             {"requirement": need.requirement, "installed": need.installed, "met": need.met}
-            for need in needs(component.needs)
+            for need in found
         ],
     }
