@@ -94,7 +94,7 @@ def take_stock(environ: Mapping[str, str]) -> Inventory:
         shadowed=discovery.shadowed,
         autoload=autoload(environ),
     )
-    return _switch_off(stock, disabled_names(environ)) if stock.autoload else stock
+    return _switch_off(stock, disabled_names(environ))
 
 
 def stock_of(plugins: Mapping[str, object] | Sequence[object], *, builtins: bool) -> Inventory:
@@ -157,11 +157,13 @@ def _switch_off(stock: Inventory, names: Sequence[str]) -> Inventory:
     gone = tuple(item for item in stock.offered if canonical(item.component.name) in off)
     taken = {name for found in stock.disabled for name in names_of(found)}
     taken |= {canonical(item.component.name) for item in gone}
+    # With autoload off nobody has looked whether a name exists.
+    strange = [n for n in names if canonical(n) not in taken] if stock.autoload else []
     return replace(
         stock,
         offered=tuple(item for item in stock.offered if item not in gone),
         switched_off=gone,
-        notices=tuple(_unknown(stock, n) for n in names if canonical(n) not in taken),
+        notices=tuple(_unknown(stock, name) for name in strange),
     )
 
 
