@@ -86,6 +86,15 @@ def test_open_without_verify_still_finds_a_truncated_file(path: Path) -> None:
         Checkpoint.open(path, verify=False)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_open_finds_an_index_that_is_other_json(path: Path, verify: bool) -> None:
+    text = (path / "00001.json").read_text()
+    (path / "00001.json").write_text(text.replace('"start":[50,0]', '"start":[49,0]'))
+
+    with pytest.raises(CheckpointDamaged, match=r"00001\.json: changed since it was written"):
+        Checkpoint.open(path, verify=verify)
+
+
 def test_open_without_a_manifest_says_incomplete(path: Path) -> None:
     (path / "manifest.json").unlink()
 

@@ -57,6 +57,25 @@ def test_write_keeps_the_old_checkpoint_when_the_new_one_fails(tmp_path: Path) -
     assert names(tmp_path) == ["step-1"]
 
 
+def test_write_puts_the_old_checkpoint_back_when_the_new_name_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "step-1", shards=[SHARD], header={"step": 1})
+    rename = Path.rename
+
+    def fail_for_the_new(source: Path, target: Path) -> Path:
+        if source.name.endswith(".part"):
+            raise OSError("no space for a name")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(CheckpointError, match="no space for a name"):
+        write(path, shards=[SHARD], header={"step": 2})
+
+    assert Checkpoint.open(path).manifest["step"] == 1
+    assert names(tmp_path) == ["step-1"]
+
+
 def test_write_removes_what_an_interrupted_write_left(tmp_path: Path) -> None:
     part = tmp_path / ".step-1.part"
     part.mkdir()
