@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from torchweld.claims import Adapt
@@ -56,7 +57,7 @@ def adapt(chosen: Sequence[Chosen], settings: Settings, facts: Mapping[str, bool
         tuple(work.members),
         work.settings,
         tuple(work.adjusted),
-        (*work.unreadable, *work.refused, *_setting_conflicts(work.members, settings)),
+        (*work.findings(), *_setting_conflicts(work.members, settings)),
     )
 
 
@@ -69,7 +70,7 @@ class _Adaptation:
         self._asked = settings
         self.settings = settings
         self.adjusted: list[Adjustment] = []
-        self.refused: list[Finding] = []
+        self._refused: list[Finding] = []
         self._facts = facts
         self._fired: set[tuple[int, str, str, tuple[str, ...]]] = set()
         self._set: set[str] = set()
@@ -101,6 +102,10 @@ class _Adaptation:
                         return True
         return False
 
+    def findings(self) -> list[Finding]:
+        """What is wrong with the claims of the members themselves."""
+        return [*chain.from_iterable(self._unreadable), *self._refused]
+
     def _may_set(self, setting: str, value: object) -> bool:
         if setting not in SETTINGS or setting in self._set:
             return False
@@ -112,19 +117,17 @@ class _Adaptation:
         tried = attempt(lambda: with_options(member.chosen, rule.options))
         changed = tried.value
         if changed is None:
-            self.refused.append(_bad_adapt(member, rule, tried.error))
+            self._refused.append(_bad_adapt(member, rule, tried.error))
         if changed is None or identity(changed.options) == identity(member.chosen.options):
             return False
         self.adjusted.append(Adjustment(member.name, _adjusted_text(member, rule, known)))
-        chosen = [m.chosen for m in self.members]
-        chosen[index] = changed
-        self._read(chosen)
+        self.members[index], self._unreadable[index] = declare(changed, self.settings)
         return True
 
     def _read(self, chosen: Sequence[Chosen]) -> None:
         read = [declare(one, self.settings) for one in chosen]
         self.members = [member for member, _ in read]
-        self.unreadable = [finding for _, findings in read for finding in findings]
+        self._unreadable = [findings for _, findings in read]
 
 
 def pending(members: Sequence[Declared], known: Known) -> list[tuple[Declared, str, str]]:

@@ -179,6 +179,8 @@ def _declared(chosen: Chosen, claims: Claims) -> Declared:
 
 
 def _relations(field: str, value: Any) -> tuple[Rel, ...]:
+    if value == ():
+        return ()
     rels = relations(value)
     for rel in rels:
         if not isinstance(rel, Rel):
