@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torchweld import Settings, Use
 from torchweld.cli import main
 from torchweld.cli.choices import read_choices, read_value, read_words
 from torchweld.errors import InvalidArgument
+
+needs_torch = pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
 
 COMMANDS = """
 import click
@@ -240,6 +243,7 @@ def test_duplicates_disabled_and_unknown_names_are_listed(site: Site) -> None:
     assert "TORCHWELD_DISABLE names 'nobody'" in text
 
 
+@needs_torch
 def test_doctor_names_versions_and_unmet_needs(site: Site) -> None:
     site.plugin("needy", more=', needs=["nobody-has-this>=3"]')
 
@@ -295,6 +299,7 @@ def test_an_unknown_command_is_suggested() -> None:
 # ---- torchweld inspect
 
 
+@needs_torch
 def test_inspect_of_nothing_says_so_in_one_line(tmp_path: Path) -> None:
     result = run("inspect", str(tmp_path / "nothing"))
 
@@ -303,6 +308,7 @@ def test_inspect_of_nothing_says_so_in_one_line(tmp_path: Path) -> None:
     assert result.output.count("\n") == 1
 
 
+@needs_torch
 @pytest.mark.parametrize(
     ("report", "code"),
     [
