@@ -50,6 +50,12 @@ class AlgorithmSurgery:
         """The class's name when it is Composer's own, which may need special care."""
         return "" if self.role.watched else type(self.algorithm).__name__
 
+    @property
+    def _has_memory(self) -> bool:
+        """Whether something is counted, saved or watched for at borders."""
+        role = self.role
+        return role.timed or role.watched or _has_state(self.algorithm)
+
     def _with_pieces(self, driver: Driver, parts: Parts) -> Parts:
         added: dict[str, Any] = {}
         if driver.chosen(BATCH):
@@ -66,7 +72,7 @@ class AlgorithmSurgery:
             added["optimizer_wrappers"] = (*parts.optimizer_wrappers, piece)
         if driver.chosen(STEP):
             added["after_step"] = (*parts.after_step, StepPiece(driver))
-        if driver.chosen(BORDER) or self.role.timed or _has_state(self.algorithm):
+        if driver.chosen(BORDER) or self._has_memory:
             added["callbacks"] = (*parts.callbacks, BorderPiece(driver))
         return replace(parts, **added)
 

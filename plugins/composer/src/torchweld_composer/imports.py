@@ -54,15 +54,15 @@ def side_effects_undone() -> Iterator[None]:
     """Leave signal handlers, ``random``, warning filters and torchmetrics' logger as they were."""
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     drawn = random.getstate()
-    filters = list(warnings.filters)
     logger = logging.getLogger("torchmetrics")
     logged = (logger.level, list(logger.handlers), logger.propagate)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Composer's dependencies warn about each other; nobody who trains can act on it.
+            warnings.simplefilter("ignore")
+            yield
     finally:
         random.setstate(drawn)
-        warnings.filters[:] = filters  # type: ignore[index]  # typeshed says Sequence, it is a list
-        warnings._filters_mutated()  # type: ignore[attr-defined]  # drops cached decisions
         logger.level, logger.handlers, logger.propagate = logged
         _restore_handlers(handlers)
 

@@ -56,7 +56,7 @@ def _composer_model(driver: Driver, loss: Callable[..., Any]) -> Any:
 def _refuse_swa_schedule(driver: Driver, _parts: Parts) -> None:
     if driver.algorithm.schedule_swa_lr:
         raise InvalidArgument(
-            "SWA(schedule_swa_lr=True) would step a second learning-rate schedule beside the one of "
+            "SWA(schedule_swa_lr=True) would step a second schedule beside that of "
             "the run; leave it at False and give lr_scheduler= to fit"
         )
 
