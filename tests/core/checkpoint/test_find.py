@@ -160,6 +160,15 @@ def test_remove_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [left.name for left in (tmp_path / "run").iterdir()] == [".step-1.part"]
 
 
+def test_remove_takes_what_a_killed_replacement_left_along(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "step-1").rename(tmp_path / "run" / ".step-1.old")
+    path = save(tmp_path / "elsewhere" / "step-1").rename(tmp_path / "run" / "step-1")
+
+    remove(path)
+
+    assert complete(tmp_path) == []
+
+
 def test_remove_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
 

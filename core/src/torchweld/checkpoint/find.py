@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torchweld.checkpoint.files import sync_directory
 from torchweld.checkpoint.format import find_damage, is_checkpoint, read_manifest
-from torchweld.checkpoint.writer import partial_path
+from torchweld.checkpoint.writer import old_path, partial_path
 from torchweld.errors import CheckpointError, InvalidArgument
 
 
@@ -90,6 +90,8 @@ def remove(path: Path) -> None:
         raise CheckpointError(f"{path} is no checkpoint: it was not removed")
     part = partial_path(path)
     shutil.rmtree(part, ignore_errors=True)
+    # What a killed replacement left would be taken for the checkpoint once its name is free.
+    shutil.rmtree(old_path(path), ignore_errors=True)
     path.rename(part)
     sync_directory(path.parent)
     shutil.rmtree(part)
