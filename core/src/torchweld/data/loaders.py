@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from torchweld.data.order import ShardedBatches
 from torchweld.errors import CheckpointError
@@ -40,7 +40,7 @@ class TorchLoader:
         self.sharded = sharded or batches is not None
         self.batch_size = _batch_size(loader, batches)
         self.num_batches = len(loader)
-        self.num_samples = batches.num_samples if batches else None
+        self.num_samples = _num_samples(loader, batches, sharded=sharded)
         self._epoch = self._start = self._position = 0
         self._epoch_rng: dict[str, torch.Tensor] | None = None
 
@@ -152,6 +152,17 @@ def _batch_size(loader: DataLoader[Any], batches: ShardedBatches | None) -> int 
     if batches is not None:
         return batches.batch_size
     return loader.batch_size
+
+
+def _num_samples(
+    loader: DataLoader[Any], batches: ShardedBatches | None, *, sharded: bool
+) -> int | None:
+    """Samples of an epoch where each comes once: core's order, or one process's plain batches."""
+    if batches is not None:
+        return batches.num_samples
+    if sharded or type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None:
+        return None
+    return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)  # type: ignore[arg-type]  # len(loader) worked
 
 
 class StreamLoader:

@@ -24,7 +24,7 @@ def optimizer_shards(
     """Yield the state of every parameter as ``optim/<name>/<key>``.
 
     A value that is no tensor (LBFGS keeps lists and counts) becomes ``<key>!json``, its text as
-    bytes, and ``<key>!<i>``, the tensors in it.
+    bytes, and ``<key>!<number>``, the tensors in it.
     """
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -35,10 +35,11 @@ def _value_shards(name: str, value: Any) -> Iterator[Shard]:
     if isinstance(value, Tensor):
         yield _whole(name, value)
         return
-    text, parts = encode(value, f"the optimizer's state {name!r}")
-    for part, tensor in parts.items():
-        yield _whole(f"{name}!{part}", tensor)
-    yield _whole(name + _JSON, torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8))
+    encoded, parts = encode(value, "optimizer state")
+    for number, tensor in enumerate(parts.values()):
+        yield _whole(f"{name}!{number}", tensor)
+    text = json.dumps({"value": encoded, "tensors": list(parts)})
+    yield _whole(name + _JSON, torch.tensor(list(text.encode()), dtype=torch.uint8))
 
 
 def _whole(name: str, tensor: Tensor) -> Shard:
@@ -74,12 +75,19 @@ def _read_state(
         if "!" not in key:
             state[key] = _read(reader, prefix + key, parameter)
         elif key.endswith(_JSON):
-            plain = key.removesuffix(_JSON)
-            inner = [k for k in keys if k.startswith(f"{plain}!") and k != key]
-            parts = {k.removeprefix(f"{plain}!"): _read(reader, prefix + k, parameter) for k in inner}
-            text = bytes(_read(reader, prefix + key, parameter).tolist()).decode()
-            state[plain] = decode(json.loads(text), parts)
+            name = key.removesuffix(_JSON)
+            state[name] = _read_encoded(reader, prefix + name, parameter)
     return state
+
+
+def _read_encoded(reader: ShardReader, name: str, parameter: nn.Parameter) -> Any:
+    text = bytes(_read(reader, name + _JSON, parameter).tolist()).decode()
+    saved = json.loads(text)
+    parts = {
+        key: _read(reader, f"{name}!{number}", parameter)
+        for number, key in enumerate(saved["tensors"])
+    }
+    return decode(saved["value"], parts)
 
 
 def _read(reader: ShardReader, name: str, parameter: nn.Parameter) -> Tensor:

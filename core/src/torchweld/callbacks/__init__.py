@@ -1,0 +1,5 @@
+"""Callbacks that core offers; anything with ``at(border, run)`` is one."""
+
+from torchweld.callbacks.model_checkpoint import ModelCheckpoint
+
+__all__ = ["ModelCheckpoint"]

@@ -1,0 +1,120 @@
+"""Evaluation and prediction on their own, with the trained model or another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torchweld.console import Console
+from torchweld.errors import InvalidArgument
+from torchweld.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
+from torchweld.handle import Handle
+from torchweld.loading import evaluation_loader
+from torchweld.requests import FitRequest
+from torchweld.setting_up import remake, set_up
+from torchweld.versions import headline
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Env, Loader
+    from torchweld.launching import Launched
+    from torchweld.plan import Plan
+    from torchweld.requests import Config
+    from torchweld.run import TrainingRun
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The arguments of ``evaluate`` and ``predict``."""
+
+    model: Any
+    data: Any
+    loss: Any = None
+    eval_step: Any = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    init_weights: Any = None
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """What ``eval_step`` is given where nothing is trained."""
+
+    model: Handle
+    env: Env
+    plan: Plan
+
+
+def evaluate_model(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> dict[str, float]:
+    """Return loss and metrics; of the trained model where there is one."""
+    evaluator, loader = _ready(request, launched, config, trained)
+    try:
+        with launched.ranks.first_cause({"doing": "evaluation"}):
+            return evaluator.evaluate(loader)
+    finally:
+        loader.close()
+
+
+def predict_model(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> list[Any]:
+    """Return this rank's outputs, batch by batch."""
+    evaluator, loader = _ready(request, launched, config, trained)
+    try:
+        with launched.ranks.first_cause({"doing": "prediction"}):
+            return evaluator.predict(loader)
+    finally:
+        loader.close()
+
+
+def _ready(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> tuple[Evaluator, Loader]:
+    if request.data is None:
+        raise InvalidArgument("data=None: give the data to read, as val= of fit")
+    check_metrics(request.metrics, launched.ranks.world_size)
+    if trained is None:
+        evaluator, run = _fresh(request, launched, config)
+    else:
+        evaluator, run = trained.wiring.evaluator, trained
+        if request.init_weights is not None:
+            raise InvalidArgument("init_weights= is for another model than the trained one: give model=")
+    if request.eval_step is not None:
+        evaluator = replace(evaluator, forward=partial(request.eval_step, run))
+    if request.loss is not None:
+        evaluator = replace(evaluator, loss=request.loss)
+    if request.metrics:
+        evaluator = replace(evaluator, metrics=request.metrics)
+    return evaluator, evaluation_loader(launched, request.data)
+
+
+def _fresh(
+    request: EvaluationRequest, launched: Launched, config: Config
+) -> tuple[Evaluator, EvaluationRun]:
+    if request.model is None:
+        raise InvalidArgument("model=None: nothing was trained yet; give the model to evaluate")
+    console = Console(speaks=launched.ranks.rank == 0, quiet=config.extras.barebones)
+    fit_request = FitRequest(
+        request.model, loss=request.loss or _no_loss, init_weights=request.init_weights
+    )
+    remade = remake(launched, fit_request, config, console)
+    ready = set_up(remade, console)
+    console.open(headline(launched.plan, launched.ranks.env))
+    handle, env = Handle(ready.prepared), launched.ranks.env
+    evaluator = Evaluator(
+        handle,
+        ready.prepared.evaluate_is_collective,
+        launched.ranks,
+        bind_forward(ready.prepared.evaluate),
+        request.loss,
+        request.metrics,
+        bind_transform(env.device, False, remade.parts.input_transforms),
+    )
+    return evaluator, EvaluationRun(handle, env, launched.plan)
+
+
+def _no_loss(outputs: Any, targets: Any) -> Any:
+    """Stands for the loss that training would have, so that surgeries of it can be planned."""
+    raise InvalidArgument("evaluate() was given no loss=")

@@ -1,0 +1,127 @@
+"""The Trainer's keyword arguments, checked and gathered into frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torchweld.components import Precision
+from torchweld.errors import InvalidArgument
+
+_PRECISIONS: dict[str, Precision] = {
+    "32": "32",
+    "32-true": "32",
+    "bf16": "bf16",
+    "bf16-mixed": "bf16",
+    "bf16-true": "bf16-true",
+    "16": "16",
+    "16-mixed": "16",
+}
+
+
+def parse_precision(value: str | int) -> Precision:
+    """Return the short form of a precision; Lightning's long forms are accepted.
+
+    Raises:
+        InvalidArgument: lists what there is.
+    """
+    if str(value) not in _PRECISIONS:
+        raise InvalidArgument(f"precision={value!r}: choose one of {', '.join(_PRECISIONS)}")
+    return _PRECISIONS[str(value)]
+
+
+def parse_accelerator(value: str) -> Literal["auto", "cpu", "cuda"]:
+    """Return ``auto``, ``cpu`` or ``cuda``; ``gpu`` is ``cuda``.
+
+    Raises:
+        InvalidArgument: lists what there is.
+    """
+    if value not in {"auto", "cpu", "cuda", "gpu"}:
+        raise InvalidArgument(f"accelerator={value!r}: choose 'auto', 'cpu' or 'cuda'")
+    return cast('Literal["auto", "cpu", "cuda"]', "cuda" if value == "gpu" else value)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run is, and what it leaves out.
+
+    Attributes:
+        limit_train_batches: batches of an epoch (int) or a fraction of it (float); None for all.
+        val_check_interval: optimizer steps (int) or a fraction of an epoch (float) between two
+            validations; None for the ends of epochs.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    val_check_interval: int | float | None = None
+    check_val_every_n_epoch: int | None = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "max_steps", "check_val_every_n_epoch"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
+            _count_or_fraction(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run does beside training; each can be switched off."""
+
+    log_every_n_steps: int = 50
+    progress_bar: bool = True
+    checkpointing: bool = True
+    model_summary: bool = True
+    logger: Any = True
+    callbacks: tuple[Any, ...] = ()
+    root: Path = Path("runs")
+    barebones: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("log_every_n_steps", self.log_every_n_steps)
+        for callback in self.callbacks:
+            if not hasattr(callback, "at") and not hasattr(callback, "bind"):
+                raise InvalidArgument(
+                    f"callbacks=[{callback!r}] has no at(border, run): a callback acts at borders, "
+                    "not in every step"
+                )
+
+
+def bare(extras: Extras) -> Extras:
+    """Return ``extras`` with everything off, for ``barebones=True``.
+
+    Raises:
+        InvalidArgument: something was asked for that barebones leaves out.
+    """
+    if extras.callbacks or not isinstance(extras.logger, bool):
+        raise InvalidArgument("barebones=True leaves out callbacks and loggers: remove one of them")
+    return Extras(
+        progress_bar=False,
+        checkpointing=False,
+        model_summary=False,
+        logger=False,
+        root=extras.root,
+        barebones=True,
+    )
+
+
+def as_callbacks(callbacks: Any) -> tuple[Any, ...]:
+    """One callback or several, as a tuple."""
+    return tuple(callbacks) if isinstance(callbacks, Sequence) else (callbacks,)
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
+        raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1, or None")
+
+
+def _count_or_fraction(name: str, value: int | float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise InvalidArgument(f"{name}={value}: as a fraction it is above 0 and at most 1.0")
+    if isinstance(value, int) and value < 1:
+        raise InvalidArgument(f"{name}={value}: as a count it is at least 1")

@@ -1,0 +1,50 @@
+"""One of the run's models, as the own loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from torchweld.interfaces import Prepared
+
+
+class Handle:
+    """Calling it is the prepared forward: in evaluation the one for evaluation.
+
+    Attributes:
+        backward: of the run, for this model; bound when there is a run.
+        step: likewise.
+    """
+
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._forward = prepared.forward
+        self._prepared = prepared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def mode(self, train: bool) -> None:
+        """Switch between training and evaluation; every rank must call it."""
+        self._prepared.mode(train)
+        self._forward = self._prepared.forward if train else self._prepared.evaluate
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose ``param_groups`` decide the next step."""
+        return self._prepared.optimizer
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Freeze the other models of this run meanwhile."""
+        return self._prepared.alone()
+
+    def named_parameters(self) -> Iterable[tuple[str, Any]]:
+        """Canonical names and parameters, as the strategy holds them."""
+        return self._prepared.named_parameters()

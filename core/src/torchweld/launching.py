@@ -1,0 +1,102 @@
+"""The beginning of every run: import, launch, agree, make what the plan names."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torchweld.agree import agree_on_plan
+from torchweld.errors import InvalidArgument, PluginError
+from torchweld.facts import run_facts
+from torchweld.precision import check_precision
+from torchweld.ranks import Ranks, launch
+
+if TYPE_CHECKING:
+    from torchweld.components import Chosen
+    from torchweld.interfaces import DataSource, Strategy
+    from torchweld.plan import Plan
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run whose processes agree on what to do.
+
+    Attributes:
+        plan: with the facts of the launch.
+        surgeries: in plan order, beside what was chosen.
+    """
+
+    ranks: Ranks
+    plan: Plan
+    strategy: Strategy
+    data: DataSource
+    val_data: DataSource
+    surgeries: tuple[tuple[Chosen, Any], ...]
+
+
+def start(plan: Plan, devices: int | str | None) -> Launched:
+    """Import what the plan names, find the other processes, agree with them, and build.
+
+    Imports come first: importing a wrapped library may draw from Python's random state, which is
+    left as it was.
+
+    Raises:
+        PlanError: the plan has errors here or on another rank.
+        RanksDisagree: the ranks planned different things.
+        PluginError: a selected component cannot be built.
+    """
+    if not plan.has_errors:
+        _import_all(plan)
+    ranks = launch(plan.settings.accelerator)
+    _check_devices(devices, ranks)
+    plan = plan.with_facts(run_facts(ranks.env))
+    agree_on_plan(ranks, plan)
+    check_precision(plan.settings.precision, ranks.env.device)
+    strategy = build(plan.strategy)
+    ranks.join(strategy.backend)
+    data = build(plan.data)
+    val_data = build(plan.val_data) if plan.val_data is not None else data
+    surgeries = tuple((chosen, build(chosen)) for chosen in plan.surgeries)
+    return Launched(ranks, plan, strategy, data, val_data, surgeries)
+
+
+def _import_all(plan: Plan) -> None:
+    state = random.getstate()
+    for chosen in plan.order:
+        _guarded(chosen, "imported", chosen.load)
+    random.setstate(state)
+
+
+def build(chosen: Chosen | None) -> Any:
+    """Make a component of the plan.
+
+    Raises:
+        InvalidArgument: its options cannot work; core's own words.
+        PluginError: the component's code raised.
+    """
+    assert chosen is not None, "a plan without errors has a strategy and a data source"
+    return _guarded(chosen, "built", chosen.make)
+
+
+def _guarded(chosen: Chosen, doing: str, work: Any) -> Any:
+    try:
+        return work()
+    except InvalidArgument:
+        raise
+    except Exception as error:  # noqa: BLE001 - a stranger's code; named and chained
+        origin = chosen.origin
+        who = f" of {origin.distribution} {origin.version}" if origin.distribution else ""
+        raise PluginError(
+            f"{chosen.phase} {chosen.name!r}{who} could not be {doing}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_devices(devices: int | str | None, ranks: Ranks) -> None:
+    if devices in {None, "auto"} or devices == ranks.world_size:
+        return
+    processes = "process was" if ranks.world_size == 1 else "processes were"
+    raise InvalidArgument(
+        f"devices={devices} was asked for, but {ranks.world_size} {processes} launched: start the "
+        f"script with torchrun --nproc-per-node {devices} script.py"
+    )

@@ -1,0 +1,54 @@
+"""Loggers: TensorBoard through torch's own writer; anything with Lightning's method names fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from torchweld.errors import InvalidArgument
+
+
+class TensorBoardLogger:
+    """Writes scalars to ``directory`` for ``tensorboard --logdir``."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._writer = SummaryWriter(log_dir=str(directory))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write each metric as a scalar."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Write the run's hyper-parameters as text."""
+        rows = "\n".join(f"| {name} | {value} |" for name, value in params.items())
+        self._writer.add_text("hparams", f"| name | value |\n| --- | --- |\n{rows}")
+
+    def finalize(self, status: str) -> None:
+        """Flush and close; ``status`` is ``"success"`` or ``"failed"``."""
+        self._writer.close()
+
+
+def make_loggers(logger: Any, directory: Path | None) -> list[Any]:
+    """Return the loggers for ``logger=``: True, False, one logger or several.
+
+    Raises:
+        InvalidArgument: something without ``log_metrics``.
+    """
+    if logger is False or (logger is True and directory is None):
+        return []
+    if logger is True:
+        assert directory is not None
+        return [TensorBoardLogger(directory)]
+    loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    for one in loggers:
+        if not hasattr(one, "log_metrics"):
+            raise InvalidArgument(
+                f"logger={one!r} has no log_metrics(metrics, step): give True, False, or loggers "
+                "with Lightning's method names"
+            )
+    return loggers

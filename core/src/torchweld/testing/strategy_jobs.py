@@ -1,0 +1,462 @@
+"""What the ranks of the strategy suite do: prepare a model, take steps, tell what they see."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchweld.checkpoint import Checkpoint, write
+from torchweld.components import Chosen, Settings
+from torchweld.interfaces import Env, OptimizerFactory, Prepared, SetupRequest, Strategy
+from torchweld.names import canonical
+from torchweld.nesting import map_tensors
+from torchweld.parameters import make_groups
+from torchweld.ranks import Ranks, launch
+from torchweld.testing.states import Kept, keep
+
+LR = 1024.0
+"""So large that ``(w0 - w1) / LR`` shows a gradient to 2e-7; with 1 it is 4e-6."""
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: the global batches of its accumulation window, and how they go in."""
+
+    window: tuple[Pair, ...]
+    lr: float = LR
+    forward: Mapping[str, Any] = field(default_factory=dict)
+    branch_by_rank: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one strategy, as every rank makes it.
+
+    Attributes:
+        scale: factor of the loss.
+        seed_by_rank: every rank starts with other weights.
+    """
+
+    chosen: Chosen
+    make_model: Callable[[], nn.Module]
+    settings: Settings = Settings()
+    optimizer: OptimizerFactory | None = partial(SGD, lr=LR)
+    scale: float = 1.0
+    seed_by_rank: bool = False
+    seed: int = 0
+    grad_transforms: Sequence[Callable[[Any], None]] = ()
+
+
+@dataclass
+class Trace:
+    """What one rank saw.
+
+    Attributes:
+        states: this rank's pieces after set-up and after every step.
+        applied: what ``step()`` returned.
+        norms: ``grad_norm()`` after every step, and the name of its type.
+    """
+
+    states: list[list[Kept]] = field(default_factory=list)
+    applied: list[object] = field(default_factory=list)
+    norms: list[tuple[float | None, str]] = field(default_factory=list)
+
+
+@dataclass
+class Session:
+    """A prepared model on this rank."""
+
+    case: Case
+    ranks: Ranks
+    strategy: Strategy
+    model: nn.Module
+    prepared: Prepared
+
+    @property
+    def env(self) -> Env:
+        """This rank among the others."""
+        return self.ranks.env
+
+    def state(self) -> list[Kept]:
+        """This rank's pieces, copied."""
+        return keep(self.prepared.shards())
+
+    def share(self, batch: Pair) -> Pair:
+        """This rank's part of a global batch."""
+        inputs, targets = batch
+        mine = slice(self.env.rank, None, self.env.world_size)
+        return inputs[mine], targets[mine]
+
+    def loss(self, batch: Pair, **forward: Any) -> Tensor:
+        """The scaled loss of this rank's part."""
+        inputs, targets = self.share(batch)
+        return scaled_loss(self.prepared.forward(inputs, **forward), targets, self.case.scale)
+
+    def take(self, step: Step) -> object:
+        """Take one optimizer step as the loop does; returns what ``step()`` returned."""
+        self.set_lr(step.lr)
+        self.backward(step)
+        return self.prepared.step()
+
+    def backward(self, step: Step) -> None:
+        """Forward and backward of a whole window, each announced as the loop announces it."""
+        size = len(step.window)
+        tell = self.prepared.window if self.case.settings.accumulate_grad_batches > 1 else None
+        forward = dict(step.forward)
+        if step.branch_by_rank:
+            forward["branch"] = self.env.rank == 0
+        for index, batch in enumerate(step.window):
+            last = index == size - 1
+            if tell is not None and (index == 0 or last):
+                tell(last, size)
+            self.prepared.backward(self.loss(batch, **forward))
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate as a schedule does."""
+        assert self.prepared.optimizer is not None, "setup() was given an optimizer, and shows none"
+        for group in self.prepared.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def scaled_loss(outputs: Any, targets: Tensor, scale: float) -> Tensor:
+    """Mean cross-entropy times ``scale``; of ``outputs["logits"]`` where they are a mapping."""
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+    return F.cross_entropy(logits, targets) * scale
+
+
+@contextmanager
+def prepared(case: Case) -> Iterator[Session]:
+    """Launch, build and set up in the order that core does it."""
+    ranks = launch("cpu")
+    strategy: Strategy = case.chosen.make()
+    ranks.join(strategy.backend)
+    session = set_up(case, ranks, strategy)
+    yield session
+    strategy.teardown()
+
+
+def set_up(case: Case, ranks: Ranks, strategy: Strategy) -> Session:
+    """Build the model of a case and let ``strategy`` prepare it."""
+    torch.manual_seed(case.seed + ranks.rank * case.seed_by_rank)
+    model = case.make_model()
+    request = SetupRequest(
+        groups=make_groups(model, None),
+        optimizer=case.optimizer,
+        optimizer_wrappers=(),
+        grad_transforms=case.grad_transforms,
+        env=ranks.env,
+        settings=case.settings,
+    )
+    result = strategy.setup(model, request)
+    result.mode(True)
+    return Session(case, ranks, strategy, model, result)
+
+
+def plain_model(case: Case, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The same model without a strategy, with the weights of rank 0 or the given ones."""
+    torch.manual_seed(case.seed)
+    model = case.make_model()
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)
+    return model
+
+
+# ---- jobs ----------------------------------------------------------------------------------------
+
+
+def train(case: Case, steps: Sequence[Step]) -> Trace:
+    """Take the steps."""
+    trace = Trace()
+    with prepared(case) as session:
+        trace.states.append(session.state())
+        for step in steps:
+            trace.applied.append(session.take(step))
+            norm = session.prepared.grad_norm()
+            number = None if norm is None else float(norm)
+            trace.norms.append((number, type(norm).__name__))
+            trace.states.append(session.state())
+    return trace
+
+
+def names_of(case: Case) -> list[str]:
+    """The names that ``named_parameters`` gives."""
+    with prepared(case) as session:
+        return [name for name, _ in session.prepared.named_parameters()]
+
+
+def evaluate(case: Case, step: Step, inputs: Tensor) -> tuple[list[Kept], list[Kept], Tensor, Any]:
+    """Train a step, then evaluate: the state before and after it, the outputs, the buffers here."""
+    with prepared(case) as session:
+        if case.optimizer is not None:
+            session.take(step)
+        session.prepared.mode(False)
+        before = session.state()
+        with torch.no_grad():
+            outputs = session.prepared.evaluate(inputs)
+        buffers = {n: b.clone() for n, b in session.model.named_buffers()}
+        return before, session.state(), outputs, buffers
+
+
+def evaluate_between(case: Case, steps: Sequence[Step], inputs: Tensor) -> Trace:
+    """Take the steps with an evaluation before each; uneven where that is allowed."""
+    trace = Trace()
+    with prepared(case) as session:
+        uneven = session.env.rank == 0 and not session.prepared.evaluate_is_collective
+        for step in steps:
+            session.prepared.mode(False)
+            with torch.no_grad():
+                for _ in range(3 if uneven else 1):
+                    session.prepared.evaluate(inputs)
+            session.prepared.mode(True)
+            trace.states.append(session.state())
+            trace.applied.append(session.take(step))
+        trace.states.append(session.state())
+    return trace
+
+
+def outputs_of(case: Case, inputs: Tensor) -> tuple[Any, Any, torch.dtype | None]:
+    """Outputs of forward and of evaluate, and the dtype seen inside."""
+    with prepared(case) as session:
+        trained = session.prepared.forward(inputs)
+        seen = getattr(session.model, "seen", None)
+        session.prepared.mode(False)
+        with torch.no_grad():
+            evaluated = session.prepared.evaluate(inputs)
+        # A graph cannot leave its process.
+        return map_tensors(trained, Tensor.detach), evaluated, seen
+
+
+def gradients_between(case: Case, step: Step) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes of what this rank holds of the trainable parameters, and of their gradients."""
+    with prepared(case) as session:
+        session.backward(step)
+        named = session.prepared.named_parameters()
+        return {
+            n: (tuple(local(p).shape), None if p.grad is None else local(p.grad).clone())
+            for n, p in named
+            if p.requires_grad
+        }
+
+
+class Doubling:
+    """A gradient transform that notes the names it is given and doubles the gradients."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, named: Any) -> None:
+        for name, parameter in named:
+            self.names.append(name)
+            if parameter.grad is not None:
+                parameter.grad.mul_(2.0)
+
+
+def transform_gradients(case: Case, step: Step) -> tuple[Trace, list[str]]:
+    """One step with a transform that doubles the gradients, and the names it saw."""
+    doubling = Doubling()
+    trace = Trace()
+    with prepared(replace(case, grad_transforms=(doubling,))) as session:
+        trace.states.append(session.state())
+        trace.applied.append(session.take(step))
+        trace.states.append(session.state())
+    return trace, doubling.names
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor, which may be a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def read_parameters(case: Case, step: Step) -> tuple[list[Kept], dict[str, Tensor]]:
+    """After a step: the pieces, and what ``named_parameters`` shows on this rank."""
+    with prepared(case) as session:
+        session.take(step)
+        named = session.prepared.named_parameters()
+        return session.state(), {n: local(p.detach()).clone() for n, p in named}
+
+
+def write_parameters(case: Case, step: Step) -> list[list[Kept]]:
+    """Halve every parameter between two steps; the pieces before, after, and after a step of lr 0."""
+    with prepared(case) as session:
+        session.take(step)
+        states = [session.state()]
+        with torch.no_grad():
+            for _, parameter in session.prepared.named_parameters():
+                local(parameter).mul_(0.5)
+        states.append(session.state())
+        session.take(Step(step.window, lr=0.0))
+        states.append(session.state())
+        return states
+
+
+def strides_after(case: Case, step: Step) -> dict[str, tuple[int, ...]]:
+    """Strides of the parameters of a model in channels-last format, after a step."""
+    with prepared(case) as session:
+        session.take(step)
+        return {n: local(p).stride() for n, p in session.prepared.named_parameters()}
+
+
+def deepcopied(case: Case, step: Step) -> tuple[list[Kept], dict[str, Tensor]]:
+    """The pieces after a step, and a deep copy of the model made then and read a step later."""
+    with prepared(case) as session:
+        session.take(step)
+        state, copied = session.state(), copy.deepcopy(session.model)
+        session.take(step)
+        return state, {canonical(n): local(t.detach()) for n, t in copied.named_parameters()}
+
+
+def flip_trainable(case: Case, steps: Sequence[Step], prefix: str) -> Trace:
+    """Freeze what trains, and train what is frozen, under ``prefix`` after the first step."""
+    trace = Trace()
+    with prepared(case) as session:
+        trace.applied.append(session.take(steps[0]))
+        for name, parameter in session.prepared.named_parameters():
+            if name.startswith(prefix):
+                parameter.requires_grad_(not parameter.requires_grad)
+        trace.states.append(session.state())
+        trace.applied.append(session.take(steps[1]))
+        trace.states.append(session.state())
+    return trace
+
+
+def has_closure(case: Case) -> bool:
+    """Whether ``step_closure`` is there."""
+    with prepared(case) as session:
+        return session.prepared.step_closure is not None
+
+
+def step_by_closure(case: Case, step: Step) -> Trace:
+    """One step through a closure that evaluates the loss."""
+    trace = Trace()
+    with prepared(case) as session:
+        trace.states.append(session.state())
+
+        def closure() -> Tensor:
+            loss = session.loss(step.window[0])
+            session.prepared.backward(loss)
+            return loss.detach()
+
+        assert session.prepared.step_closure is not None
+        trace.applied.append(session.prepared.step_closure(closure))
+        trace.states.append(session.state())
+    return trace
+
+
+def two_models(first: Case, second: Case, step: Step) -> tuple[Trace, Trace]:
+    """Prepare two models by one strategy and train them in turn."""
+    traces = Trace(), Trace()
+    with prepared(first) as session:
+        sessions = session, set_up(second, session.ranks, session.strategy)
+        for trace, each in zip(traces, sessions, strict=True):
+            trace.states.append(each.state())
+        for each in sessions:
+            each.backward(step)
+        for trace, each in zip(traces, sessions, strict=True):
+            trace.applied.append(each.prepared.step())
+            trace.states.append(each.state())
+    return traces
+
+
+def save(case: Case, steps: Sequence[Step], path: str, after: Step) -> tuple[list[Kept], list[Kept]]:
+    """Train, write a checkpoint, take one more step; the pieces before and after that step."""
+    with prepared(case) as session:
+        for step in steps:
+            session.take(step)
+        write(
+            Path(path),
+            rank=session.env.rank,
+            world_size=session.env.world_size,
+            exchange=session.ranks.exchange,
+            shards=session.prepared.shards(),
+            header={},
+        )
+        saved = session.state()
+        session.take(after)
+        return saved, session.state()
+
+
+def resume(case: Case, dirty: Step, path: str, after: Step) -> tuple[list[Kept], list[Kept]]:
+    """Train something else, restore the checkpoint, take one step; the pieces before and after."""
+    with prepared(case) as session:
+        session.take(dirty)
+        session.prepared.restore(Checkpoint.open(path))
+        restored = session.state()
+        session.take(after)
+        return restored, session.state()
+
+
+class _CollectiveCounter(TorchDispatchMode):
+    """Notes every call of a collective, also those of C++ (DDP's reducer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace in {"c10d", "_c10d_functional"} and "wait" not in func.__name__:
+            self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(case: Case, step: Step) -> list[str]:
+    """The collectives of one step in the middle of training."""
+    with prepared(case) as session:
+        session.take(step)
+        session.take(step)
+        counter = _CollectiveCounter()
+        with counter:
+            session.take(step)
+        return counter.calls
+
+
+ReferenceLoop = Callable[[nn.Module, Env], Callable[[Tensor, Tensor], None]]
+"""``(model, env) -> step``: a hand-written loop's body, forward to zeroed gradients."""
+
+
+def python_calls(case: Case, loop: ReferenceLoop, batch: Pair) -> tuple[float, float]:
+    """Python calls of one step: through the strategy, and in the hand-written loop."""
+    with prepared(case) as session:
+        forward, backward = session.prepared.forward, session.prepared.backward
+        apply, (inputs, targets) = session.prepared.step, session.share(batch)
+
+        def ours(inputs: Tensor, targets: Tensor) -> None:
+            backward(F.cross_entropy(forward(inputs), targets))
+            apply()
+
+        ours_counted = _count_calls(ours, inputs, targets)
+        theirs = loop(plain_model(case), session.env)
+        return ours_counted, _count_calls(theirs, inputs, targets)
+
+
+def _count_calls(step: Callable[[Tensor, Tensor], None], inputs: Tensor, targets: Tensor) -> float:
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    for _ in range(3):
+        step(inputs, targets)
+    sys.setprofile(count)
+    try:
+        for _ in range(10):
+            step(inputs, targets)
+    finally:
+        sys.setprofile(None)
+    return calls / 10

@@ -1,0 +1,344 @@
+"""The Trainer: choose, look at the plan, train; and the door for an own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from torchweld.components import Choice, Settings
+from torchweld.console import Console
+from torchweld.errors import InvalidArgument
+from torchweld.evaluating import EvaluationRequest, evaluate_model, predict_model
+from torchweld.flags import Duration, Extras, as_callbacks, bare, parse_accelerator, parse_precision
+from torchweld.interfaces import Parts, Result
+from torchweld.launching import Launched, start
+from torchweld.opening import open_run
+from torchweld.planning import auto_strategy, make_plan
+from torchweld.ranks import launched_world_size
+from torchweld.registry import Registry
+from torchweld.remaking import operate_all
+from torchweld.requests import Config, FitRequest
+from torchweld.setting_up import wire
+from torchweld.versions import headline
+
+if TYPE_CHECKING:
+    from torchweld.plan import Plan
+    from torchweld.run import TrainingRun
+
+
+class Trainer:
+    """Composes a strategy, a data source and surgeries, and trains with them.
+
+    Making one makes the plan and starts nothing: ``print(trainer.plan.explain())``. It never raises
+    on what the plan found; ``fit``, ``prepare``, ``evaluate`` and ``predict`` do, on every rank.
+
+    Args:
+        strategy: name, ``use(…)``, or component; ``"auto"`` is ``ddp`` when several processes were
+            launched, else ``single``.
+        data: data source of training, and of the other splits unless ``val_data`` is given.
+        val_data: data source of validation, evaluation and prediction.
+        surgery: changes to model, loss and batches, in any order.
+        precision: ``"32"``, ``"bf16"`` and ``"16"`` (autocast), ``"bf16-true"`` (cast parameters).
+        devices: number of processes that must have been launched; they are started by torchrun.
+        max_epochs: 1 where neither this nor ``max_steps`` is given.
+        max_steps: optimizer steps, like every step-valued setting.
+        gradient_clip_val: largest gradient norm (or value, by ``gradient_clip_algorithm``).
+        limit_train_batches: batches (int) or fraction (float) of an epoch; the same for validation.
+        val_check_interval: optimizer steps (int) or fraction of an epoch (float).
+        logger: True for TensorBoard, False, or loggers with Lightning's method names.
+        barebones: no bar, logs, checkpoints, summary.
+        fast_dev_run: one training step and one validation batch, nothing written.
+        seed: None leaves the random state alone; else the same on every rank through set-up, then
+            ``seed + rank``.
+        allow: keys of findings to accept, e.g. ``"TW302:cutmix+mixup"``; they stay in the plan.
+        strict: warnings of the plan, and surgeries that change nothing, become errors.
+        registry: what can be chosen; everything installed by default.
+
+    Raises:
+        InvalidArgument: an argument that cannot work whatever the choices are.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: Choice = "auto",
+        data: Choice = "torch",
+        val_data: Choice | None = None,
+        surgery: Choice | Sequence[Choice] = (),
+        accelerator: str = "auto",
+        devices: int | str | None = None,
+        precision: str | int = "32",
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        log_every_n_steps: int = 50,
+        val_check_interval: int | float | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        enable_progress_bar: bool = True,
+        enable_checkpointing: bool = True,
+        enable_model_summary: bool = True,
+        logger: Any = True,
+        callbacks: Any = (),
+        default_root_dir: str | Path = "runs",
+        barebones: bool = False,
+        fast_dev_run: bool = False,
+        seed: int | None = None,
+        allow: Sequence[str] = (),
+        strict: bool = False,
+        registry: Registry | None = None,
+    ) -> None:
+        settings = Settings(
+            precision=parse_precision(precision),
+            accumulate_grad_batches=_positive("accumulate_grad_batches", accumulate_grad_batches),
+            gradient_clip_val=_clip_value(gradient_clip_val, gradient_clip_algorithm),
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            accelerator=parse_accelerator(accelerator),
+            seed=seed,
+        )
+        duration = Duration(
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            val_check_interval=val_check_interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+        )
+        extras = Extras(
+            log_every_n_steps=log_every_n_steps,
+            progress_bar=enable_progress_bar,
+            checkpointing=enable_checkpointing and not fast_dev_run,
+            model_summary=enable_model_summary,
+            logger=False if fast_dev_run else logger,
+            callbacks=as_callbacks(callbacks),
+            root=Path(default_root_dir),
+        )
+        if fast_dev_run:
+            duration = Duration(max_steps=1, limit_train_batches=1, limit_val_batches=1)
+        registry = registry if registry is not None else Registry.installed()
+        plan = make_plan(
+            registry,
+            strategy=auto_strategy(launched_world_size()) if strategy == "auto" else strategy,
+            data=data,
+            val_data=val_data,
+            surgery=surgery,
+            settings=settings,
+            allow=allow,
+            strict=strict,
+        )
+        self._config = Config(
+            plan, registry, duration, bare(extras) if barebones else extras, devices, strict
+        )
+        self._launched: Launched | None = None
+        self._run: TrainingRun | None = None
+        self._given_model: Any = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan: after a ``fit`` with everything that only it could decide."""
+        if self._run is not None:
+            return self._run.plan
+        return self._launched.plan if self._launched is not None else self._config.plan
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: Any,
+        train: Any,
+        val: Any = None,
+        *,
+        loss: Any = None,
+        step: Any = None,
+        eval_step: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        param_groups: Any = None,
+        init_weights: Any = None,
+        ckpt_path: str | Path | None = None,
+        hparams: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Train ``model`` to the end; every rank calls it.
+
+        Args:
+            model: an ``nn.Module``, or a function that builds one.
+            train: a Dataset (with a batch size in ``data=``), a DataLoader, or batches.
+            val: validation data, or a mapping of several.
+            loss: ``(outputs, targets) -> scalar``, the mean over samples, or a mapping with
+                ``"loss"``. None: the model returns its loss, or ``step`` does.
+            step: ``(run, batch) -> loss`` in place of forward and loss; it calls ``run.model``.
+            eval_step: ``(run, batch) -> (outputs, targets)`` in place of evaluation's forward.
+            metrics: ``(outputs, targets) -> (sum, count)`` by name, or objects with ``update``,
+                ``compute`` and ``reset``.
+            optimizer: ``groups -> optimizer``, e.g. ``partial(SGD, lr=0.1)``; or a fresh instance
+                with one group.
+            lr_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after each step.
+            param_groups: ``(name, module, parameter) -> hyper-parameters``.
+            init_weights: safetensors file or mapping to start from.
+            ckpt_path: ``"last"``, ``"best"``, or the path of a checkpoint to go on from.
+            hparams: kept in checkpoints and logs.
+
+        Raises:
+            TorchweldError: see ``torchweld.errors``; before step 1 wherever possible.
+        """
+        request = FitRequest(
+            model, train, val, loss, step, eval_step, metrics or {}, optimizer, lr_scheduler,
+            param_groups, init_weights, ckpt_path, hparams or {},
+        )  # fmt: skip
+        with self._opened(request) as (run, compute), run:
+            if compute is not None:
+                run.train(compute)
+        checkpoint = next((c.last for c in run.wiring.callbacks if hasattr(c, "last")), None)
+        return Result(dict(run.borders.metrics), run.progress, checkpoint, run.plan)
+
+    @contextmanager
+    def prepare(
+        self,
+        model: Any,
+        train: Any,
+        val: Any = None,
+        *,
+        loss: Any = None,
+        eval_step: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        param_groups: Any = None,
+        init_weights: Any = None,
+        ckpt_path: str | Path | None = None,
+        hparams: Mapping[str, Any] | None = None,
+    ) -> Iterator[TrainingRun]:
+        """Prepare a run for an own loop: ``with trainer.prepare(…) as run``; as :meth:`fit`.
+
+        The body reads ``run.batches()`` and calls ``run.backward(loss)`` and ``run.step()`` exactly
+        once for each batch; logging, validation and checkpoints happen between two batches.
+        """
+        request = FitRequest(
+            model, train, val, loss, None, eval_step, metrics or {}, optimizer, lr_scheduler,
+            param_groups, init_weights, ckpt_path, hparams or {},
+        )  # fmt: skip
+        with self._opened(request) as (run, _), run:
+            if run.wiring.is_closure:
+                name = type(run.model.optimizer).__name__
+                raise InvalidArgument(f"{name} evaluates the loss itself: use fit, not an own loop")
+            yield run
+
+    @contextmanager
+    def _opened(self, request: FitRequest) -> Iterator[tuple[TrainingRun, Any]]:
+        request.check()
+        launched = self._launch()
+        where: dict[str, Any] = {"doing": "set-up"}
+        with launched.ranks.first_cause(where):
+            console = self._console(launched)
+            wiring = wire(launched, request, self._config, console)
+            directory = [str(wiring.directory)] if wiring.directory is not None else []
+            console.open("   ".join([headline(wiring.plan, wiring.ranks.env), *directory]))
+            run, compute = open_run(wiring, request, where)
+            self._run, self._given_model = run, request.model
+            yield run, compute
+
+    def _launch(self) -> Launched:
+        if self._launched is None:
+            self._launched = start(self._config.plan, self._config.devices)
+        return self._launched
+
+    def _console(self, launched: Launched) -> Console:
+        extras = self._config.extras
+        return Console(
+            speaks=launched.ranks.rank == 0, quiet=extras.barebones, bar=extras.progress_bar
+        )
+
+    # ---- afterwards ------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        model: Any = None,
+        data: Any = None,
+        *,
+        loss: Any = None,
+        eval_step: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        init_weights: Any = None,
+    ) -> dict[str, float]:
+        """Return loss and metrics over ``data``, every sample once; every rank calls it.
+
+        Args:
+            model: None for the one that was trained last, with its loss and metrics.
+            data: as ``val`` of :meth:`fit`.
+        """
+        request = EvaluationRequest(model, data, loss, eval_step, metrics or {}, init_weights)
+        return evaluate_model(request, self._launch(), self._config, self._trained(model))
+
+    def predict(
+        self, model: Any = None, data: Any = None, *, eval_step: Any = None, init_weights: Any = None
+    ) -> list[Any]:
+        """Return this rank's outputs over ``data``, in order, batch by batch; every rank calls it."""
+        request = EvaluationRequest(model, data, None, eval_step, {}, init_weights)
+        return predict_model(request, self._launch(), self._config, self._trained(model))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the trained weights as one safetensors file; every rank calls it."""
+        if self._run is None:
+            raise InvalidArgument("export() writes what was trained: call fit first")
+        return self._run.export(path)
+
+    def _trained(self, model: Any) -> TrainingRun | None:
+        """The last run, if ``model`` means its model."""
+        same = self._run is not None and (model is None or model is self._given_model)
+        return self._run if same else None
+
+
+def apply_surgery(
+    model: nn.Module, surgery: Choice | Sequence[Choice], *, registry: Registry | None = None
+) -> nn.Module:
+    """Return ``model`` after surgeries, as a run with them would make it.
+
+    For loading exported weights: ``load_file`` fits the model that the same surgeries made.
+
+    Raises:
+        PlanError: the choices cannot be made together.
+    """
+    plan = make_plan(
+        registry if registry is not None else Registry.installed(),
+        strategy="single",
+        data="torch",
+        surgery=surgery,
+        # Nothing is trained, so what surgeries need of loss and batches does not matter.
+        facts={"world>1": False, **_ANY_TRAINING},
+    )
+    plan.raise_for_problems()
+    operations = [(chosen, chosen.make()) for chosen in plan.surgeries]
+    loss = torch.nn.functional.cross_entropy
+    parts, _, _ = operate_all(Parts(model, loss), operations, plan.settings, strict=False)
+    return parts.model
+
+
+_ANY_TRAINING = {
+    "loss.visible": True,
+    "loss.accepts_soft_targets": True,
+    "loss.smooths": False,
+    "inputs.4d": True,
+}
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1")
+    return value
+
+
+def _clip_value(value: float | None, algorithm: str) -> float | None:
+    if algorithm not in {"norm", "value"}:
+        raise InvalidArgument(f"gradient_clip_algorithm={algorithm!r}: choose 'norm' or 'value'")
+    if value is not None and not value >= 0:
+        raise InvalidArgument(f"gradient_clip_val={value!r}: give a number above 0, or None for off")
+    return None if value == 0 else value
