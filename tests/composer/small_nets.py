@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,7 +88,6 @@ class HandRun:
     """Just enough of a run for pieces to be bound to."""
 
     def __init__(self, model: nn.Module, optimizer: Any, *, steps: int, per_epoch: int) -> None:
-        self.model = SimpleNamespace(optimizer=optimizer, __call__=model)
         self.model = _Handle(model, optimizer)
         self.plan = SimpleNamespace(settings=SimpleNamespace(accumulate_grad_batches=1))
         self.progress = Progress(0, 0, 0, per_epoch, steps)
@@ -152,7 +152,8 @@ def _train(parts: Parts, run: Any, data: Any, epochs: int, clip: float | None) -
 
 
 def border(parts: Parts, run: Any, step: int, *kind: str) -> None:
-    here = Border(frozenset(kind), replace(run.progress, step=step), {})
+    epoch = step // run.progress.steps_per_epoch
+    here = Border(frozenset(kind), replace(run.progress, step=step, epoch=epoch), {})
     for callback in parts.callbacks:
         callback.at(here, run)
 
@@ -167,7 +168,7 @@ def _step(parts: Parts, optimizer: Any, batch: Any, clip: float | None) -> Tenso
             targets = transform(outputs, targets)
         assert parts.loss is not None
         loss: Tensor = parts.loss(outputs, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
         for change in parts.grad_transforms:
             change(parts.model.named_parameters())
         if clip is not None:
@@ -199,7 +200,6 @@ def train_composer(
         train_dataloader=data,
         max_duration=f"{epochs * len(data)}ba",
         algorithms=list(algorithms),
-        # The trainer changes the learning rate of no optimizer that it is given.
         optimizers=make_sgd(wrapped.parameters()),
         device="cpu",
         seed=seed,
@@ -208,7 +208,9 @@ def train_composer(
         auto_log_hparams=False,
         callbacks=[_losses_callback(losses)],
     )
-    trainer.fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about micro-batches, of Composer's trainer
+        trainer.fit()
     trainer.close()
     return losses
 

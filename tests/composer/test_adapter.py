@@ -25,7 +25,7 @@ from tests.composer.small_nets import (
     train_parts,
 )
 from torchweld.errors import CheckpointError, InvalidArgument, PluginError, RunError, SurgeryError
-from torchweld.interfaces import Parts
+from torchweld.interfaces import Border, Parts, Progress
 from torchweld_composer.adopt import Adopted
 from torchweld_composer.clock import Clock
 from torchweld_composer.imports import composer_module
@@ -124,13 +124,15 @@ STEP = (
 
 
 def test_all_events_come_in_the_order_of_composers_loop() -> None:
-    recorder = Recorder("INIT", "AFTER_LOAD", "FIT_START", "EPOCH_START", "EPOCH_END", "FIT_END", *STEP)
+    recorder = Recorder(
+        "INIT", "AFTER_LOAD", "FIT_START", "EPOCH_START", "EPOCH_END", "FIT_END", *STEP
+    )
 
     train_parts([recorder], small_net(), loader(8), epochs=2)
 
     epoch = ["EPOCH_START", *STEP, "EPOCH_END"]
     assert recorder.seen[:3] == ["INIT", "AFTER_LOAD", "FIT_START"]
-    assert recorder.seen[3:-1] == [*epoch, *epoch, "EPOCH_START"]
+    assert recorder.seen[3:-1] == [*epoch, *epoch]
     assert recorder.seen[-1] == "FIT_END"
 
 
@@ -191,7 +193,10 @@ def test_a_changed_loss_is_the_one_that_is_trained_on() -> None:
             state.loss = state.loss / 2
 
     parts = operated([Halves("AFTER_LOSS")], small_net())
-    outputs, targets = torch.zeros(2, CLASSES, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    outputs, targets = (
+        torch.zeros(2, CLASSES, requires_grad=True),
+        torch.zeros(2, dtype=torch.int64),
+    )
 
     assert parts.loss is not None
     loss: Tensor = parts.loss(outputs, targets)
@@ -211,7 +216,9 @@ def test_an_algorithm_that_fails_is_named_with_its_event() -> None:
         def apply(self, event: Any, state: Any, logger: Any) -> None:
             raise ValueError("no luck")
 
-    with pytest.raises(PluginError, match="fails failed at Composer's event INIT: ValueError: no luck"):
+    with pytest.raises(
+        PluginError, match="fails failed at Composer's event INIT: ValueError: no luck"
+    ):
         operated([Fails("INIT")], small_net())
 
 
@@ -221,6 +228,31 @@ def test_a_model_that_is_replaced_is_the_one_that_is_trained() -> None:
             state.model = nn.Linear(1, 1)
 
     assert isinstance(operated([Replaces("INIT")], small_net()).model, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "borders",
+    [
+        [(2, "due", "epoch_end")],
+        [(2, "eval_start"), (2, "due", "epoch_end", "eval_end")],
+        [(2, "eval_start"), (2, "fit_end")],
+    ],
+)
+def test_an_epoch_ends_before_its_evaluation_and_an_evaluation_always_ends(
+    borders: list[tuple[Any, ...]],
+) -> None:
+    names = ("EPOCH_START", "EPOCH_END", "EVAL_START", "EVAL_END", "FIT_END")
+    recorder = Recorder(*names)
+    parts = operated([recorder], small_net())
+    run = HandRun(parts.model, make_sgd(parts.model.parameters()), steps=4, per_epoch=2)
+    border(parts, run, 0, "fit_start")
+
+    for step, *kind in borders:
+        border(parts, run, step, *kind)
+
+    evaluation = ["EVAL_START", "EVAL_END"] if len(borders) > 1 else []
+    last = "FIT_END" if "fit_end" in borders[-1] else "EPOCH_START"
+    assert recorder.seen == ["EPOCH_START", "EPOCH_END", *evaluation, last]
 
 
 # ---- the state that algorithms see -------------------------------------------------------------
@@ -267,10 +299,9 @@ def test_a_border_puts_the_count_right() -> None:
     clock.accumulate = 4
     for _ in range(6):  # a window of four and a short one of two
         clock.micro_batch()
-    here: Any = SimpleNamespace(progress=SimpleNamespace(step=2, samples=6))
+    here = Border(frozenset({"due"}), Progress(step=2, samples=6), {})
 
-    clock.at_border(here)
-
+    assert clock.at_border(here) is False
     assert (clock.step, clock.step_in_epoch) == (2, 2)
     assert clock.micro_batch() is True
 
@@ -278,13 +309,16 @@ def test_a_border_puts_the_count_right() -> None:
 def test_an_algorithm_that_follows_the_progress_needs_the_length_of_the_run() -> None:
     parts = operated([algorithm("ProgressiveResizing")], small_net())
     run: Any = HandRun(parts.model, None, steps=0, per_epoch=2)
-    run.progress = SimpleNamespace(step=0, epoch=0, samples=0, steps_per_epoch=None, total_steps=None)
+    run.progress = SimpleNamespace(
+        step=0, epoch=0, samples=0, steps_per_epoch=None, total_steps=None
+    )
     piece: Any = parts.batch_transforms[0]
 
     with pytest.raises(RunError, match=r"progressive_resizing .* give Trainer\(max_steps=…\)"):
         piece.bind(run)
 
 
+@pytest.mark.filterwarnings("ignore:SWA has known issues")
 def test_the_learning_rate_schedule_of_swa_is_refused() -> None:
     obj = algorithm("SWA", schedule_swa_lr=True)
 
@@ -292,8 +326,12 @@ def test_the_learning_rate_schedule_of_swa_is_refused() -> None:
         surgery_of(obj).apply(Parts(small_net()))
 
 
+def _mean_only(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets)
+
+
 def test_selective_backprop_needs_a_loss_of_each_sample() -> None:
-    parts = Parts(small_net(), loss=lambda outputs, targets: F.cross_entropy(outputs, targets))
+    parts = Parts(small_net(), loss=_mean_only)
     obj = algorithm("SelectiveBackprop", start=0.0, end=1.0, interrupt=0)
     parts = surgery_of(obj).apply(parts)
     run: Any = HandRun(parts.model, None, steps=4, per_epoch=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,7 +38,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(resuming|resume).*")
 
 RECIPES: dict[str, Callable[[], list[Any]]] = {
     "nothing": list,
-    "the four": lambda: [algorithm(n) for n in ("BlurPool", "ChannelsLast", "CutMix", "LabelSmoothing")],
+    "the four": lambda: [
+        algorithm(n) for n in ("BlurPool", "ChannelsLast", "CutMix", "LabelSmoothing")
+    ],
     "blurpool": lambda: [algorithm("BlurPool")],
     "channels_last": lambda: [algorithm("ChannelsLast")],
     "cutmix": lambda: [algorithm("CutMix")],
@@ -51,14 +54,14 @@ RECIPES: dict[str, Callable[[], list[Any]]] = {
     ],
     "ema": lambda: [algorithm("EMA", half_life="2ba")],
     "ema every epoch": lambda: [algorithm("EMA", half_life="1ep", update_interval="1ep")],
-    "swa": lambda: [
-        algorithm("SWA", swa_start="0.3dur", swa_end="0.8dur", update_interval="1ba")
-    ],
+    "swa": lambda: [algorithm("SWA", swa_start="0.3dur", swa_end="0.8dur", update_interval="1ba")],
     "ghost_batchnorm": lambda: [algorithm("GhostBatchNorm", ghost_batch_size=4)],
     "squeeze_excite": lambda: [algorithm("SqueezeExcite", min_channels=8)],
     "weight_standardization": lambda: [algorithm("WeightStandardization")],
     "factorize": lambda: [
-        algorithm("Factorize", min_channels=8, latent_channels=0.25, min_features=4, latent_features=2)
+        algorithm(
+            "Factorize", min_channels=8, latent_channels=0.25, min_features=4, latent_features=2
+        )
     ],
     "selective_backprop": lambda: [algorithm("SelectiveBackprop", start=0.2, end=0.9)],
     "cutout": lambda: [algorithm("CutOut")],
@@ -93,10 +96,10 @@ def _twins() -> tuple[nn.Module, nn.Module]:
 
 def test_clipping_by_norm_is_cores_clipping() -> None:
     ours, theirs = _twins()
-    build = lambda: algorithm("GradientClipping", clipping_type="norm", clipping_threshold=0.1)  # noqa: E731
+    by_norm = partial(algorithm, "GradientClipping", clipping_type="norm", clipping_threshold=0.1)
 
-    train_parts([build()], ours, loader(), clip=0.1)
-    train_composer([build()], theirs, loader())
+    train_parts([by_norm()], ours, loader(), clip=0.1)
+    train_composer([by_norm()], theirs, loader())
 
     assert same_weights(ours, theirs)
 
@@ -152,7 +155,7 @@ def test_ema_evaluates_with_the_average_and_trains_on_with_the_weights() -> None
 
 def _trained(obj: Any, model: nn.Module, steps: int = 3) -> tuple[Parts, Any]:
     parts = operated([obj], model)
-    run = HandRun(model, make_sgd(model.parameters()), steps=9, per_epoch=3)
+    run: Any = HandRun(model, make_sgd(model.parameters()), steps=9, per_epoch=3)
     for piece in (*parts.after_step, *parts.callbacks):
         piece.bind(run)  # type: ignore[union-attr]  # pieces of this plugin
     border(parts, run, 0, "fit_start")
@@ -163,7 +166,8 @@ def _trained(obj: Any, model: nn.Module, steps: int = 3) -> tuple[Parts, Any]:
 def _steps(parts: Parts, run: Any, steps: int) -> None:
     inputs, targets = images()
     for _ in range(steps):
-        nn.functional.cross_entropy(parts.model(inputs), targets).backward()
+        loss = nn.functional.cross_entropy(parts.model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
         run.model.optimizer.step()
         run.model.optimizer.zero_grad()
         for act in parts.after_step:
@@ -192,7 +196,9 @@ def test_ema_resumes_bit_by_bit() -> None:
     parts.callbacks[0].load_state_dict(saved)  # type: ignore[attr-defined]  # a BorderPiece
     _steps(parts, run, 3)
 
-    assert all(torch.equal(a, b) for a, b in zip(_average(straight), _average(resumed), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(_average(straight), _average(resumed), strict=True)
+    )
 
 
 # ---- SAM ---------------------------------------------------------------------------------------
@@ -201,7 +207,9 @@ def test_ema_resumes_bit_by_bit() -> None:
 def test_sam_saves_the_momentum_that_composers_optimizer_leaves_out() -> None:
     model, _ = _twins()
     base = make_sgd(model.parameters())
-    theirs = composer_module("composer.algorithms.sam.sam").SAMOptimizer(make_sgd(model.parameters()))
+    theirs = composer_module("composer.algorithms.sam.sam").SAMOptimizer(
+        make_sgd(model.parameters())
+    )
     (wrap,) = operated([algorithm("SAM")], model).optimizer_wrappers
     ours = wrap(base)
 
@@ -219,9 +227,9 @@ def _closure(model: nn.Module, optimizer: Any) -> Any:
 
     def closure(**_: Any) -> Tensor:
         optimizer.zero_grad()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(True):
             loss = nn.functional.cross_entropy(model(inputs), targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
         return loss
 
     return closure
@@ -252,6 +260,9 @@ def test_sam_without_a_closure_is_refused() -> None:
 # ---- algorithms that need more than their events -----------------------------------------------
 
 
+@pytest.mark.filterwarnings(
+    "ignore:'mode' parameter is deprecated:DeprecationWarning"
+)  # torchvision
 @pytest.mark.parametrize("name", ["RandAugment", "AugMix"])
 def test_image_augmentations_become_sample_transforms(name: str) -> None:
     pytest.importorskip("PIL")
@@ -277,7 +288,9 @@ def test_colout_of_samples_becomes_a_sample_transform() -> None:
 
 
 def test_sequence_length_warmup_cuts_mapping_batches() -> None:
-    obj = algorithm("SeqLengthWarmup", duration=0.5, min_seq_length=4, max_seq_length=16, step_size=4)
+    obj = algorithm(
+        "SeqLengthWarmup", duration=0.5, min_seq_length=4, max_seq_length=16, step_size=4
+    )
     parts = surgery_of(obj).apply(Parts(small_net()))
     run: Any = HandRun(parts.model, None, steps=12, per_epoch=4)
     piece: Any = parts.batch_transforms[0]

@@ -88,7 +88,7 @@ def test_what_is_not_replaced_may_be_special() -> None:
 
     parts = operated([algorithm("BlurPool")], model)
 
-    assert parts.model[0].padding_mode == "reflect"
+    assert parts.model.get_submodule("0").padding_mode == "reflect"
 
 
 def test_lost_forward_hooks_are_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +105,9 @@ def test_a_model_without_values_is_refused() -> None:
     with torch.device("meta"):
         model = small_net()
 
-    with pytest.raises(SurgeryError, match=r"blurpool copies weights, and '0.weight' is on the meta"):
+    with pytest.raises(
+        SurgeryError, match=r"blurpool copies weights, and '0.weight' is on the meta"
+    ):
         operated([algorithm("BlurPool")], model)
 
 

@@ -88,7 +88,11 @@ except PluginError as error:
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
-        ("composer", "ModuleNotFoundError('gone', name='composer')", ("no module named 'composer'",)),
+        (
+            "composer",
+            "ModuleNotFoundError('gone', name='composer')",
+            ("no module named 'composer'",),
+        ),
         (
             "torchvision",
             "RuntimeError('operator torchvision::nms does not exist')",

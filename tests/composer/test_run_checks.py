@@ -29,7 +29,11 @@ BAD = [
     ("LabelSmoothing", {"smoothing": 1.5}, "smoothing=1.5 is not a number in [0, 1]"),
     ("BlurPool", {"min_channels": 0}, "min_channels=0 is not an integer >= 1"),
     ("GhostBatchNorm", {"ghost_batch_size": 0}, "ghost_batch_size=0 is not an integer >= 1"),
-    ("EMA", {"half_life": None, "smoothing": 1.5, "update_interval": "1ba"}, "smoothing=1.5 is not"),
+    (
+        "EMA",
+        {"half_life": None, "smoothing": 1.5, "update_interval": "1ba"},
+        "smoothing=1.5 is not",
+    ),
     (
         "GradientClipping",
         {"clipping_type": "nrom", "clipping_threshold": 1.0},

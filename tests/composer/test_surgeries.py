@@ -50,8 +50,9 @@ def test_blurpool_makes_the_same_model_as_composers_object() -> None:
     parts = applied(BLURPOOL, Parts(ours))
     ByHand(theirs).fire(algorithm("BlurPool"), "INIT")
 
-    assert [type(m).__name__ for m in parts.model] == [type(m).__name__ for m in theirs]
-    assert {type(m).__name__ for m in parts.model} >= {"BlurConv2d", "BlurMaxPool2d"}
+    kinds = [type(module).__name__ for module in parts.model.modules()]
+    assert kinds == [type(module).__name__ for module in theirs.modules()]
+    assert set(kinds) >= {"BlurConv2d", "BlurMaxPool2d"}
     assert same_weights(parts.model, theirs)
     x = images()[0]
     assert torch.equal(parts.model.eval()(x), theirs.eval()(x))
@@ -66,10 +67,11 @@ def test_blurpool_passes_every_option_on() -> None:
         min_channels=1,
     )
 
-    kinds = [type(module).__name__ for module in parts.model]
+    kinds = [type(module).__name__ for module in parts.model.modules()]
     assert kinds.count("BlurConv2d") == 1
     assert "BlurMaxPool2d" not in kinds
-    assert next(m for m in parts.model if type(m).__name__ == "BlurConv2d").blur_first is False
+    blurred: Any = next(m for m in parts.model.modules() if type(m).__name__ == "BlurConv2d")
+    assert blurred.blur_first is False
 
 
 def test_blurpool_draws_what_composers_object_draws() -> None:
@@ -102,7 +104,11 @@ def test_channels_last_of_the_inputs_changes_nothing_else() -> None:
 
     parts = applied(CHANNELS_LAST, Parts(model), weights=False)
     (transform,) = parts.input_transforms
-    given = {"image": images()[0], "mask": torch.ones(2, 3), "bytes": torch.zeros(1, 3, 4, 4).byte()}
+    given = {
+        "image": images()[0],
+        "mask": torch.ones(2, 3),
+        "bytes": torch.zeros(1, 3, 4, 4).byte(),
+    }
     changed = transform(given)
 
     assert [p.stride() for p in parts.model.parameters()] == before
@@ -116,10 +122,12 @@ def test_channels_last_of_the_inputs_changes_nothing_else() -> None:
 def test_activations_stay_channels_last_with_the_inputs_alone() -> None:
     parts = applied(CHANNELS_LAST, Parts(small_net()), weights=False)
     seen: list[bool] = []
-    for module in parts.model:
+    for module in parts.model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(
-                lambda _m, _i, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+                lambda _m, _i, out: seen.append(
+                    out.is_contiguous(memory_format=torch.channels_last)
+                )
             )
 
     parts.model(parts.input_transforms[0](images()[0]))

@@ -97,15 +97,14 @@ def known_surgery(algorithm: Any, entry: Known) -> AlgorithmSurgery:
 
 def _operate(driver: Driver, model: nn.Module) -> nn.Module:
     """Fire the events of the surgery on the bare model; what it loses is put right."""
-    events = driver.chosen(SURGERY)
     before, given = note(model), driver.state.model
     with warnings.catch_warnings():
         # Core says by comparison when nothing was changed, for every algorithm and in one place.
         warnings.simplefilter(
             "ignore", composer_module("composer.algorithms.warnings").NoEffectWarning
         )
-        for event in events:
-            driver.fire(event)
+        for act in driver.actions(SURGERY):
+            act()
     changed = model if driver.state.model is given else driver.state.model
     if not isinstance(changed, nn.Module):
         raise SurgeryError(f"{driver.role.name} left {type(changed).__name__} as the model")

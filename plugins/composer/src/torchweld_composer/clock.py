@@ -55,17 +55,26 @@ class Clock:
         self.step_in_epoch += 1
         self._micro_batches = 0
 
-    def at_border(self, border: Border) -> None:
-        """Take core's counts; a border is never inside a step."""
-        self.step_in_epoch += border.progress.step - self.step
-        self.step = border.progress.step
-        self.samples = border.progress.samples
-        self._micro_batches = 0
+    def at_border(self, border: Border) -> bool:
+        """Take core's counts; True when an epoch has ended since the last border.
 
-    def next_epoch(self) -> None:
-        """An epoch is over."""
-        self.epoch += 1
-        self.step_in_epoch = 0
+        A border is never inside a step. Without a length in steps the ranks come to the end of an
+        epoch at different steps, so only what core tells as such is one.
+        """
+        progress = border.progress
+        self.step_in_epoch += progress.step - self.step
+        self.step, self.samples = progress.step, progress.samples
+        self._micro_batches = 0
+        told = "epoch_end" in border.kind or progress.steps_per_epoch is not None
+        ended = told and progress.epoch > self.epoch
+        if ended:
+            self.epoch, self.step_in_epoch = progress.epoch, 0
+        return ended
+
+    @property
+    def begins_epoch(self) -> bool:
+        """Whether the next step is the first of an epoch."""
+        return self.step_in_epoch == 0 and self.step != self.total_steps
 
     def state_dict(self) -> dict[str, int]:
         """The counts, for a checkpoint."""

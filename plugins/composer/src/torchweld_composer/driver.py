@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,23 +70,31 @@ class Driver:
                 "the data have no length; give Trainer(max_steps=…)"
             )
 
-    def fire(self, name: str) -> None:
-        """Ask the algorithm at one event.
+    def actions(self, events: Iterable[str]) -> tuple[Callable[[], None], ...]:
+        """What to call at those of ``events`` that the algorithm is asked at, in this order.
 
-        Raises:
-            PluginError: it raised; names the algorithm and the event.
+        Each raises ``PluginError``, with the name of the algorithm and the event, for whatever
+        the algorithm raises.
         """
-        event = self._events[name]
-        try:
-            if not self.role.asks or self.algorithm.match(event, self.state):
-                self.algorithm.apply(event, self.state, self.logger)
-        except TorchweldError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{self.role.name} failed at Composer's event {name}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        return tuple(self._action(name) for name in self.chosen(events))
+
+    def _action(self, name: str) -> Callable[[], None]:
+        event, state, logger = self._events[name], self.state, self.logger
+        match, apply, asks = self.algorithm.match, self.algorithm.apply, self.role.asks
+
+        def act() -> None:
+            try:
+                if not asks or match(event, state):
+                    apply(event, state, logger)
+            except TorchweldError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"{self.role.name} failed at Composer's event {name}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+
+        return act
 
     def chosen(self, events: Iterable[str]) -> tuple[str, ...]:
         """Those of ``events`` that the algorithm is asked at."""

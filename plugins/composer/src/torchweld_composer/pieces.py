@@ -12,7 +12,7 @@ from torchweld.errors import CheckpointError, RunError
 from torchweld.interfaces import Border, Run
 from torchweld_composer.batches import own_container, targets_of, with_targets
 from torchweld_composer.driver import Driver
-from torchweld_composer.events import BATCH, LOSS, ONCE_A_STEP, OPTIMIZER, STEP, TARGETS
+from torchweld_composer.events import BATCH, GRADS, LOSS, ONCE_A_STEP, OPTIMIZER, STEP, TARGETS
 
 
 class BatchPiece:
@@ -20,8 +20,10 @@ class BatchPiece:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self._first = driver.chosen(BATCH)
-        self._later = tuple(event for event in self._first if event not in ONCE_A_STEP)
+        self._first = driver.actions(BATCH)
+        self._later = driver.actions(event for event in BATCH if event not in ONCE_A_STEP)
+        once = bool(driver.chosen(ONCE_A_STEP))
+        self._counts = once or driver.role.timed or driver.role.watched
 
     def bind(self, run: Run) -> BatchPiece:
         """Take what only the prepared run knows."""
@@ -31,10 +33,12 @@ class BatchPiece:
     def __call__(self, batch: Any) -> Any:
         """Return the changed batch; the given container is left as it was."""
         driver = self.driver
-        events = self._first if driver.clock.micro_batch() else self._later
+        actions = self._first
+        if self._counts and not driver.clock.micro_batch():
+            actions = self._later
         driver.state.batch = own_container(batch)
-        for event in events:
-            driver.fire(event)
+        for act in actions:
+            act()
         return driver.state.batch
 
 
@@ -43,7 +47,7 @@ class TargetPiece:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self._events = driver.chosen(TARGETS)
+        self._actions = driver.actions(TARGETS)
         self._key = getattr(driver.algorithm, "target_key", 1)
         # On dense targets Composer's CutMix pastes into the target tensor in place.
         self._copies = hasattr(driver.algorithm, "_bbox")
@@ -60,8 +64,8 @@ class TargetPiece:
             targets = targets.clone()
         state.outputs = outputs
         state.batch = with_targets(state.batch, targets, self._key)
-        for event in self._events:
-            self.driver.fire(event)
+        for act in self._actions:
+            act()
         if state.outputs is not outputs:
             raise RunError(
                 f"{self.driver.role.name} replaced the outputs of the model, which a torchweld "
@@ -76,7 +80,7 @@ class LossPiece:
     def __init__(self, driver: Driver, loss: Callable[[Any, Any], Any]) -> None:
         self.driver = driver
         self._loss = loss
-        self._events = driver.chosen(LOSS)
+        self._actions = driver.actions(LOSS)
         self._key = getattr(driver.algorithm, "target_key", 1)
         self._model = SimpleNamespace(loss=self._of_batch)
 
@@ -96,8 +100,8 @@ class LossPiece:
         state.loss = value["loss"] if isinstance(value, Mapping) else value
         state.model = self._model
         try:
-            for event in self._events:
-                self.driver.fire(event)
+            for act in self._actions:
+                act()
         finally:
             state.model = model
         return {**value, "loss": state.loss} if isinstance(value, Mapping) else state.loss
@@ -112,11 +116,12 @@ class GradPiece:
     """A gradient transform: ``AFTER_TRAIN_BATCH``."""
 
     def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+        self._actions = driver.actions(GRADS)
 
     def __call__(self, named: Iterable[tuple[str, Any]]) -> None:
         """Let the algorithm change the gradients of the model in place."""
-        self.driver.fire("AFTER_TRAIN_BATCH")
+        for act in self._actions:
+            act()
 
 
 class OptimizerPiece:
@@ -129,8 +134,8 @@ class OptimizerPiece:
         """Return the optimizer that the algorithm leaves."""
         state = self.driver.state
         state.optimizers = [optimizer]
-        for event in self.driver.chosen(OPTIMIZER):
-            self.driver.fire(event)
+        for act in self.driver.actions(OPTIMIZER):
+            act()
         (changed,) = state.optimizers
         return changed
 
@@ -140,7 +145,7 @@ class StepPiece:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self._events = driver.chosen(STEP)
+        self._actions = driver.actions(STEP)
 
     def bind(self, run: Run) -> StepPiece:
         """Take what only the prepared run knows."""
@@ -150,8 +155,8 @@ class StepPiece:
     def __call__(self) -> None:
         """Count the step, then ask the algorithm."""
         self.driver.clock.applied()
-        for event in self._events:
-            self.driver.fire(event)
+        for act in self._actions:
+            act()
 
 
 class BorderPiece:
@@ -159,6 +164,7 @@ class BorderPiece:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
+        self._evaluating = False
 
     def bind(self, run: Run) -> BorderPiece:
         """Take what only the prepared run knows."""
@@ -169,13 +175,34 @@ class BorderPiece:
         """Ask the algorithm at the events of this border."""
         driver = self.driver
         driver.bind(run)
-        driver.clock.at_border(border)
-        if "epoch_end" in border.kind:
-            driver.clock.next_epoch()
+        events = self._events(border)
         if driver.role.watched:
             driver.refuse_other_events()
-        for event in driver.chosen(_events_of(border.kind)):
-            driver.fire(event)
+        for act in driver.actions(events):
+            act()
+
+    def _events(self, border: Border) -> list[str]:
+        """Composer's events at this border, in the order of its loop; also moves the clock.
+
+        The end of an evaluation is the next border, whatever its kind: an algorithm that has put
+        averaged weights into the model takes them out before anything else happens. The end of an
+        epoch is told at the evaluation that follows it, as Composer's loop ends the epoch first.
+        """
+        clock, kind = self.driver.clock, border.kind
+        events: list[str] = []
+        if self._evaluating:
+            events.append("EVAL_END")
+        self._evaluating = "eval_start" in kind
+        epoch_ended = clock.at_border(border)
+        if "fit_start" in kind:
+            events.append("FIT_START")
+        if epoch_ended:
+            events += ["EPOCH_END", "EPOCH_CHECKPOINT"]
+        if self._evaluating:
+            events.append("EVAL_START")
+        if clock.begins_epoch and kind & {"fit_start", "epoch_end"}:
+            events.append("EPOCH_START")
+        return [*events, "FIT_END"] if "fit_end" in kind else events
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, and whatever the algorithm saves."""
@@ -198,19 +225,3 @@ class BorderPiece:
         self.driver.clock.load_state_dict(state["clock"])
         if state["algorithm"]:
             self.driver.algorithm.load_state_dict(dict(state["algorithm"]))
-
-
-_AT_BORDER = (
-    ("fit_start", ("FIT_START", "EPOCH_START")),
-    ("epoch_end", ("EPOCH_END", "EPOCH_CHECKPOINT")),
-    ("eval_start", ("EVAL_START",)),
-    ("eval_end", ("EVAL_END",)),
-    ("fit_end", ("FIT_END",)),
-)
-
-
-def _events_of(kind: frozenset[str]) -> list[str]:
-    events = [event for word, names in _AT_BORDER if word in kind for event in names]
-    if "epoch_end" in kind and "fit_end" not in kind:
-        events.append("EPOCH_START")  # of the next one
-    return events

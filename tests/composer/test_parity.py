@@ -1,0 +1,268 @@
+"""``torchweld.Trainer`` with Composer's algorithms: bit by bit what hand and composer.Trainer do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchweld_composer
+from tests.composer.small_nets import (
+    algorithm,
+    images,
+    loader,
+    make_sgd,
+    same_weights,
+    seed_all,
+    small_net,
+    train_composer,
+    train_parts,
+)
+from torchweld import Trainer
+from torchweld.errors import CheckpointError, PlanError, SurgeryError, TorchweldError
+from torchweld.registry import Registry
+
+REGISTRY = Registry({"composer": torchweld_composer})
+FOUR = ("label_smoothing", "channels_last", "cutmix", "blurpool")  # a wrong order
+CLASSES = ("BlurPool", "ChannelsLast", "CutMix", "LabelSmoothing")
+
+# SAM and SWA warn about resuming.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(resuming|resume).*")
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    seed_all(0)
+    model = small_net()
+    return model, copy.deepcopy(model)
+
+
+def fit(model: nn.Module, surgery: Any, data: Any = None, **flags: Any) -> Trainer:
+    """Train two epochs of three steps with seed 3, as the other ways do."""
+    arguments: dict[str, Any] = {"max_epochs": 2, "seed": 3, "barebones": True, **flags}
+    trainer = Trainer(strategy="single", surgery=surgery, registry=REGISTRY, **arguments)
+    trainer.fit(model, loader() if data is None else data, loss=F.cross_entropy, optimizer=make_sgd)
+    return trainer
+
+
+def test_the_four_given_in_a_wrong_order_equal_hand_and_composers_trainer() -> None:
+    ours, by_hand = twins()
+    theirs = copy.deepcopy(ours)
+
+    fit(ours, FOUR)
+    train_parts([algorithm(name) for name in CLASSES], by_hand, loader())
+    train_composer([algorithm(name) for name in CLASSES], theirs, loader())
+
+    assert same_weights(ours, by_hand)
+    assert same_weights(ours, theirs)
+
+
+def test_extras_change_nothing(tmp_path: Path) -> None:
+    bare, full = twins()
+
+    fit(bare, FOUR)
+    fit(full, FOUR, barebones=False, default_root_dir=tmp_path, enable_progress_bar=False)
+
+    assert same_weights(bare, full)
+
+
+ADOPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixup": ("MixUp", {}),
+    "cutmix by loss": ("CutMix", {"interpolate_loss": True}),
+    "progressive_resizing": ("ProgressiveResizing", {"delay_fraction": 0.2}),
+    "selective_backprop": ("SelectiveBackprop", {"start": 0.2, "end": 0.9}),
+    "ema": ("EMA", {"half_life": "2ba"}),
+    "swa": ("SWA", {"swa_start": "0.3dur", "swa_end": "0.8dur", "update_interval": "1ba"}),
+    "sam": ("SAM", {}),
+    "layer_freezing": ("LayerFreezing", {"freeze_start": 0.0}),
+    "clip norm": ("GradientClipping", {"clipping_type": "norm", "clipping_threshold": 0.1}),
+    "clip value": ("GradientClipping", {"clipping_type": "value", "clipping_threshold": 0.01}),
+    "clip adaptive": (
+        "GradientClipping",
+        {"clipping_type": "adaptive", "clipping_threshold": 0.01},
+    ),
+    "ghost_batchnorm": ("GhostBatchNorm", {"ghost_batch_size": 4}),
+    "cutout": ("CutOut", {}),
+    "squeeze_excite": ("SqueezeExcite", {"min_channels": 8}),
+}
+
+
+@pytest.mark.parametrize("name", ADOPTED)
+def test_an_adopted_algorithm_equals_composers_trainer(name: str) -> None:
+    kind, arguments = ADOPTED[name]
+    ours, theirs = twins()
+
+    fit(ours, [algorithm(kind, **arguments)])
+    train_composer([algorithm(kind, **arguments)], theirs, loader())
+
+    assert same_weights(ours, theirs)
+
+
+def test_ema_is_what_validation_sees_and_the_weights_are_what_stays() -> None:
+    ours, plain = twins()
+    seen: list[Tensor] = []
+
+    def accuracy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        seen.append(outputs.clone())
+        return (outputs.argmax(1) == targets).sum(), len(targets)
+
+    obj = algorithm("EMA", half_life="1ba")
+    trainer = Trainer(
+        strategy="single", surgery=[obj], registry=REGISTRY, max_epochs=1, seed=3, barebones=True
+    )
+    trainer.fit(
+        ours,
+        loader(),
+        loader(),
+        loss=F.cross_entropy,
+        optimizer=make_sgd,
+        metrics={"accuracy": accuracy},
+    )
+    fit(plain, [], max_epochs=1)
+
+    assert same_weights(ours, plain)
+    averaged = copy.deepcopy(ours)
+    obj.get_ema_model(averaged)
+    with torch.no_grad():
+        expected = averaged.eval()(images()[0][:8])
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(seen[0], ours.eval()(images()[0][:8]))
+
+
+RESUMED: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "the four": [(name, {}) for name in CLASSES],
+    "ema and cutmix": [("EMA", {"half_life": "2ba"}), ("CutMix", {})],
+    "progressive_resizing": [("ProgressiveResizing", {"delay_fraction": 0.0})],
+    "swa": [("SWA", {"swa_start": "0.1dur", "swa_end": "0.9dur", "update_interval": "1ba"})],
+    "sam every other step": [("SAM", {"interval": 2})],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_bit_by_bit_where_the_other_does(name: str, tmp_path: Path) -> None:
+    def algorithms() -> list[Any]:
+        return [algorithm(kind, **arguments) for kind, arguments in RESUMED[name]]
+
+    straight, broken_off = twins()
+    flags: dict[str, Any] = {
+        "barebones": False,
+        "logger": False,
+        "enable_progress_bar": False,
+        "default_root_dir": tmp_path,
+    }
+    fit(straight, algorithms())
+    data = loader()
+
+    stop = StopAt(2)
+    fit(broken_off, algorithms(), data, callbacks=[stop, _saver()], **flags)
+    _, fresh = twins()
+    trainer = Trainer(
+        strategy="single", surgery=algorithms(), registry=REGISTRY, max_epochs=2, seed=3, **flags
+    )
+    trainer.fit(fresh, data, loss=F.cross_entropy, optimizer=make_sgd, ckpt_path="last")
+
+    assert same_weights(straight, fresh)
+
+
+class StopAt:
+    """Ends the run early, as an interruption would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def next_due(self, progress: Any) -> int | None:
+        return self.step if progress.step < self.step else None
+
+    def at(self, border: Any, run: Any) -> None:
+        if border.progress.step >= self.step:
+            run.stop()
+
+
+def _saver() -> Any:
+    from torchweld.callbacks import ModelCheckpoint
+
+    return ModelCheckpoint(every_n_train_steps=2)
+
+
+def test_layer_freezing_is_refused_on_resume(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {
+        "barebones": False,
+        "logger": False,
+        "enable_progress_bar": False,
+        "default_root_dir": tmp_path,
+    }
+    model, again = twins()
+    fit(model, [algorithm("LayerFreezing")], callbacks=[StopAt(2), _saver()], **flags)
+    trainer = Trainer(
+        strategy="single",
+        surgery=[algorithm("LayerFreezing")],
+        registry=REGISTRY,
+        max_epochs=2,
+        seed=3,
+        **flags,
+    )
+
+    with pytest.raises(CheckpointError, match="layer_freezing cannot be resumed"):
+        trainer.fit(again, loader(), loss=F.cross_entropy, optimizer=make_sgd, ckpt_path="last")
+
+
+# ---- what is wrong is said before step 1 -------------------------------------------------------
+
+
+class Flat(nn.Sequential):
+    """Takes flat inputs."""
+
+
+@pytest.mark.parametrize(
+    ("surgery", "words"),
+    [
+        ("cutmix", ("TW301", "cutmix", "inputs.4d")),
+    ],
+)
+def test_flat_inputs_are_refused_before_step_1(surgery: str, words: tuple[str, ...]) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
+    flat = torch.utils.data.DataLoader(data, batch_size=4)
+
+    with pytest.raises(PlanError) as error:
+        fit(nn.Linear(5, 4), surgery, flat)
+
+    assert "cutmix" in str(error.value)
+    assert "4-D" in str(error.value)
+    del words
+
+
+def test_an_index_loss_is_refused_before_step_1() -> None:
+    trainer = Trainer(
+        strategy="single", surgery="label_smoothing", registry=REGISTRY, barebones=True
+    )
+
+    with pytest.raises(PlanError, match="label_smoothing"):
+        trainer.fit(small_net(), loader(), loss=F.nll_loss, optimizer=make_sgd)
+
+
+def test_a_loss_that_smooths_is_refused_before_step_1() -> None:
+    trainer = Trainer(
+        strategy="single", surgery="label_smoothing", registry=REGISTRY, barebones=True
+    )
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    with pytest.raises(PlanError, match="smoothing twice"):
+        trainer.fit(small_net(), loader(), loss=loss, optimizer=make_sgd)
+
+
+def test_blurpool_without_strided_convolutions_is_an_error_under_strict() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    with pytest.raises(SurgeryError, match="blurpool changed nothing"):
+        fit(model, "blurpool", strict=True)
+
+
+def test_a_bad_argument_of_an_object_is_refused_before_step_1() -> None:
+    with pytest.raises(TorchweldError, match="alpha=-1.0 is not a number > 0"):
+        fit(small_net(), [algorithm("MixUp", alpha=-1.0)])
