@@ -69,7 +69,7 @@ def test_wheel_carries_type_marker_license_and_card(
     names = {"/".join(Path(name).parts[1:]) for name in wheel.namelist()}
 
     assert {"py.typed", "licenses/LICENSE"} <= names
-    assert metadata(wheel).get_payload().strip() == (folder / "README.md").read_text().strip()
+    assert str(metadata(wheel).get_payload()).strip() == (folder / "README.md").read_text().strip()
 
 
 def test_core_wheel_carries_a_page_for_every_code(wheels: dict[str, zipfile.ZipFile]) -> None:
