@@ -168,7 +168,7 @@ def _step(parts: Parts, optimizer: Any, batch: Any, clip: float | None) -> Tenso
             targets = transform(outputs, targets)
         assert parts.loss is not None
         loss: Tensor = parts.loss(outputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
+        loss.backward()
         for change in parts.grad_transforms:
             change(parts.model.named_parameters())
         if clip is not None:

@@ -167,7 +167,7 @@ def _steps(parts: Parts, run: Any, steps: int) -> None:
     inputs, targets = images()
     for _ in range(steps):
         loss = nn.functional.cross_entropy(parts.model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
+        loss.backward()
         run.model.optimizer.step()
         run.model.optimizer.zero_grad()
         for act in parts.after_step:
@@ -229,7 +229,7 @@ def _closure(model: nn.Module, optimizer: Any) -> Any:
         optimizer.zero_grad()
         with torch.set_grad_enabled(True):
             loss = nn.functional.cross_entropy(model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no hints for it
+            loss.backward()
         return loss
 
     return closure

@@ -1,10 +1,8 @@
-"""``torchweld.Trainer`` with Composer's algorithms: bit by bit what hand and composer.Trainer do."""
+"""``Trainer`` with Composer's algorithms: bit by bit what hand and composer.Trainer do."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchweld_composer
 from tests.composer.small_nets import (
@@ -25,7 +24,7 @@ from tests.composer.small_nets import (
     train_composer,
     train_parts,
 )
-from torchweld import Trainer
+from torchweld import ModelCheckpoint, Trainer
 from torchweld.errors import CheckpointError, PlanError, SurgeryError, TorchweldError
 from torchweld.registry import Registry
 
@@ -43,12 +42,19 @@ def twins() -> tuple[nn.Module, nn.Module]:
     return model, copy.deepcopy(model)
 
 
-def fit(model: nn.Module, surgery: Any, data: Any = None, **flags: Any) -> Trainer:
+def fit(
+    model: nn.Module, surgery: Any, data: Any = None, *, ckpt_path: Any = None, **flags: Any
+) -> None:
     """Train two epochs of three steps with seed 3, as the other ways do."""
     arguments: dict[str, Any] = {"max_epochs": 2, "seed": 3, "barebones": True, **flags}
     trainer = Trainer(strategy="single", surgery=surgery, registry=REGISTRY, **arguments)
-    trainer.fit(model, loader() if data is None else data, loss=F.cross_entropy, optimizer=make_sgd)
-    return trainer
+    trainer.fit(
+        model,
+        loader() if data is None else data,
+        loss=F.cross_entropy,
+        optimizer=make_sgd,
+        ckpt_path=ckpt_path,
+    )
 
 
 def test_the_four_given_in_a_wrong_order_equal_hand_and_composers_trainer() -> None:
@@ -145,33 +151,59 @@ RESUMED: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_ends_bit_by_bit_where_the_other_does(name: str, tmp_path: Path) -> None:
+def test_a_run_resumed_inside_an_epoch_ends_bit_by_bit_like_the_other(
+    name: str, tmp_path: Path
+) -> None:
+    straight, resumed = _straight_and_resumed(name, tmp_path, save_every=2)
+
+    assert same_weights(straight, resumed)
+
+
+@pytest.mark.xfail(
+    strict=False, reason="core restores the random state after the next epoch drew from it"
+)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumed_between_epochs_ends_bit_by_bit_like_the_other(
+    name: str, tmp_path: Path
+) -> None:
+    straight, resumed = _straight_and_resumed(name, tmp_path, save_every=3)
+
+    assert same_weights(straight, resumed)
+
+
+def _straight_and_resumed(name: str, root: Path, *, save_every: int) -> tuple[nn.Module, nn.Module]:
+    """One model trained without a break; one that fails in step 5 and goes on from a checkpoint."""
+
     def algorithms() -> list[Any]:
         return [algorithm(kind, **arguments) for kind, arguments in RESUMED[name]]
 
     straight, broken_off = twins()
-    flags: dict[str, Any] = {
+    _, resumed = twins()
+    fit(straight, algorithms())
+    saver = ModelCheckpoint(every_n_train_steps=save_every)
+    with pytest.raises(Broken):
+        fit(broken_off, algorithms(), callbacks=[Break(save_every + 1), saver], **kept(root))
+    fit(resumed, algorithms(), ckpt_path="last", **kept(root))
+    return straight, resumed
+
+
+def kept(root: Path) -> dict[str, Any]:
+    """Flags of a run that writes checkpoints and nothing else."""
+    return {
         "barebones": False,
         "logger": False,
         "enable_progress_bar": False,
-        "default_root_dir": tmp_path,
+        "enable_model_summary": False,
+        "default_root_dir": root,
     }
-    fit(straight, algorithms())
-    data = loader()
-
-    stop = StopAt(2)
-    fit(broken_off, algorithms(), data, callbacks=[stop, _saver()], **flags)
-    _, fresh = twins()
-    trainer = Trainer(
-        strategy="single", surgery=algorithms(), registry=REGISTRY, max_epochs=2, seed=3, **flags
-    )
-    trainer.fit(fresh, data, loss=F.cross_entropy, optimizer=make_sgd, ckpt_path="last")
-
-    assert same_weights(straight, fresh)
 
 
-class StopAt:
-    """Ends the run early, as an interruption would."""
+class Broken(Exception):
+    """What a run fails with."""
+
+
+class Break:
+    """Fails after a step, as a crash would."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -181,60 +213,29 @@ class StopAt:
 
     def at(self, border: Any, run: Any) -> None:
         if border.progress.step >= self.step:
-            run.stop()
-
-
-def _saver() -> Any:
-    from torchweld.callbacks import ModelCheckpoint
-
-    return ModelCheckpoint(every_n_train_steps=2)
+            raise Broken
 
 
 def test_layer_freezing_is_refused_on_resume(tmp_path: Path) -> None:
-    flags: dict[str, Any] = {
-        "barebones": False,
-        "logger": False,
-        "enable_progress_bar": False,
-        "default_root_dir": tmp_path,
-    }
     model, again = twins()
-    fit(model, [algorithm("LayerFreezing")], callbacks=[StopAt(2), _saver()], **flags)
-    trainer = Trainer(
-        strategy="single",
-        surgery=[algorithm("LayerFreezing")],
-        registry=REGISTRY,
-        max_epochs=2,
-        seed=3,
-        **flags,
-    )
+    saver = ModelCheckpoint(every_n_train_steps=2)
+    with pytest.raises(Broken):
+        fit(model, [algorithm("LayerFreezing")], callbacks=[Break(3), saver], **kept(tmp_path))
 
     with pytest.raises(CheckpointError, match="layer_freezing cannot be resumed"):
-        trainer.fit(again, loader(), loss=F.cross_entropy, optimizer=make_sgd, ckpt_path="last")
+        fit(again, [algorithm("LayerFreezing")], ckpt_path="last", **kept(tmp_path))
 
 
 # ---- what is wrong is said before step 1 -------------------------------------------------------
 
 
-class Flat(nn.Sequential):
-    """Takes flat inputs."""
-
-
-@pytest.mark.parametrize(
-    ("surgery", "words"),
-    [
-        ("cutmix", ("TW301", "cutmix", "inputs.4d")),
-    ],
-)
-def test_flat_inputs_are_refused_before_step_1(surgery: str, words: tuple[str, ...]) -> None:
-    data = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
-    flat = torch.utils.data.DataLoader(data, batch_size=4)
+def test_flat_inputs_to_cutmix_are_refused_before_step_1() -> None:
+    data = TensorDataset(torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
 
     with pytest.raises(PlanError) as error:
-        fit(nn.Linear(5, 4), surgery, flat)
+        fit(nn.Linear(5, 4), "cutmix", DataLoader(data, batch_size=4))
 
-    assert "cutmix" in str(error.value)
-    assert "4-D" in str(error.value)
-    del words
+    assert [w for w in ("TW301", "cutmix", "4-D") if w not in str(error.value)] == []
 
 
 def test_an_index_loss_is_refused_before_step_1() -> None:
@@ -264,5 +265,5 @@ def test_blurpool_without_strided_convolutions_is_an_error_under_strict() -> Non
 
 
 def test_a_bad_argument_of_an_object_is_refused_before_step_1() -> None:
-    with pytest.raises(TorchweldError, match="alpha=-1.0 is not a number > 0"):
+    with pytest.raises(TorchweldError, match=r"alpha=-1\.0 is not a number > 0"):
         fit(small_net(), [algorithm("MixUp", alpha=-1.0)])
