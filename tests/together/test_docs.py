@@ -116,6 +116,16 @@ def test_script_of_the_documentation_runs(script: Script, tmp_path: Path) -> Non
     run("script.py", folder=tmp_path)
 
 
+@pytest.mark.slow
+def test_own_loop_ends_with_the_same_loss_before_and_after(tmp_path: Path) -> None:
+    before, after = scripts_of(ROOT / "docs" / "coming-from.md")[:2]
+    write_files(tmp_path, {**before.files, "before.py": before.code, "after.py": after.code})
+
+    printed = [run(f"{name}.py", folder=tmp_path).stdout for name in ("before", "after")]
+
+    assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]
+
+
 @pytest.fixture(params=[ROOT / "docs" / "contracts.md"], ids=["contracts.md"])
 def published_plugin(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The folder of the page's plugin, laid out as if it were installed."""
