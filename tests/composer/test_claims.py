@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from importlib.metadata import requires
 from itertools import permutations
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import torchweld_composer
 from tests.composer.small_nets import algorithm
@@ -257,3 +259,19 @@ def test_layer_freezing_makes_ddp_look_for_unused_parameters() -> None:
 
     assert codes(plan) == []
     assert plan.strategy.options.find_unused_parameters is True
+
+
+def test_what_the_components_need_is_what_the_extra_installs() -> None:
+    extra = [
+        Requirement(text)
+        for text in requires("torchweld-composer") or ()
+        if "extra ==" in text and text.startswith("mosaicml")
+    ]
+    (needed,) = {Requirement(text) for c in OFFERED for text in c.needs}
+
+    (pin,) = (next(iter(r.specifier)).version for r in extra)
+    assert needed.name == "mosaicml"
+    assert pin in needed.specifier
+
+
+OFFERED = torchweld_composer.torchweld_surgeries()
