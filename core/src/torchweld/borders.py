@@ -11,7 +11,7 @@ import torch
 
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
-from torchweld.parameters import trainable_names
+from torchweld.parameters import TrainableWatch
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader
@@ -34,7 +34,7 @@ class Borders:
         self._marks: set[int] = set()
         self._since = time.monotonic()
         self._validated_at: int | None = None
-        self._trainable = trainable_names(run.wiring.prepared.named_parameters)
+        self._watch = TrainableWatch(run.wiring.prepared.named_parameters())
         self._finished = False
 
     def start(self) -> None:
@@ -149,20 +149,16 @@ class Borders:
         self._run.stopping |= bool(self._wiring.ranks.sum(flag) > 0)
 
     def _check_trainable(self) -> None:
-        now = trainable_names(self._wiring.prepared.named_parameters)
-        if now == self._trainable:
-            return
-        provided = self._wiring.provides
-        changed, token = now - self._trainable, "params.may_unfreeze"
-        if not changed or token in provided:
-            changed, token = self._trainable - now, "params.may_freeze"
-        if changed and token not in provided:
-            verb = "became trainable" if token == "params.may_unfreeze" else "was frozen"
-            raise RunError(
-                f"{sorted(changed)[0]!r} {verb} during the run, and this strategy does not provide "
-                f"{token!r}: processes would drift apart without a word; do it before training"
-            )
-        self._trainable = now
+        thawed, frozen = self._watch.changes()
+        for names, token, verb in (
+            (thawed, "params.may_unfreeze", "became trainable"),
+            (frozen, "params.may_freeze", "was frozen"),
+        ):
+            if names and token not in self._wiring.provides:
+                raise RunError(
+                    f"{names[0]!r} {verb} during the run, and this strategy does not provide "
+                    f"{token!r}: processes would drift apart without a word; do it before training"
+                )
 
     # ---- validation --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,9 +171,22 @@ def _refuse_uncovered(names: Sequence[str], trainable: Sequence[str]) -> None:
         )
 
 
-def trainable_names(named_parameters: Callable[[], Any]) -> frozenset[str]:
-    """Names of the parameters that are trainable now."""
-    return frozenset(canonical(n) for n, p in named_parameters() if p.requires_grad)
+class TrainableWatch:
+    """Notices parameters that are frozen or unfrozen while a run goes on."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Any]]) -> None:
+        self._named = [(canonical(name), parameter) for name, parameter in named_parameters]
+        self._flags = [parameter.requires_grad for _, parameter in self._named]
+
+    def changes(self) -> tuple[list[str], list[str]]:
+        """Names that became trainable and names that were frozen since the last call."""
+        flags = [parameter.requires_grad for _, parameter in self._named]
+        if flags == self._flags:
+            return [], []
+        pairs = list(zip(self._named, self._flags, flags, strict=True))
+        self._flags = flags
+        thawed = [name for (name, _), before, now in pairs if now and not before]
+        return thawed, [name for (name, _), before, now in pairs if before and not now]
 
 
 def model_lines(model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 LONGEST_SEGMENT = 1000
@@ -34,14 +35,14 @@ class Timetable:
     val_every_steps: int | None = None
     val_every_epochs: int | None = None
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int | None:
         """The last window of an epoch may be short; it is a step all the same."""
         if self.batches_per_epoch is None:
             return None
         return -(-self.batches_per_epoch // self.accumulate)
 
-    @property
+    @cached_property
     def total_steps(self) -> int | None:
         """Steps of the whole run."""
         per_epoch = self.steps_per_epoch

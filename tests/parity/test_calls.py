@@ -1,0 +1,122 @@
+"""What a step costs beside the training itself: counted, never timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchweld import Trainer
+from torchweld.run import TrainingRun
+
+STEPS = 200
+ALLOWED = {"fit": 5.0, "own_loop": 8.0}
+"""Python calls a batch above the same loop by hand, borders (every 50 steps) included.
+
+An own loop pays five for its guard and its handle, where a loop by hand has none.
+"""
+
+
+class Counter:
+    """Counts calls of Python functions (and resumed generators) in this thread."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        self.calls += event == "call"
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    counter = Counter()
+    sys.setprofile(counter)
+    try:
+        yield counter
+    finally:
+        sys.setprofile(None)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def make_loader(steps: int, accumulate: int = 1) -> DataLoader[Any]:
+    count = 4 * steps * accumulate
+    data = TensorDataset(torch.randn(count, 8), torch.randint(0, 3, (count,)))
+    return DataLoader(data, 4)
+
+
+def calls_by_hand(steps: int, accumulate: int) -> int:
+    model, loader = make_model(), make_loader(steps, accumulate)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model.train()
+    with counting() as counter:
+        for place, (inputs, targets) in enumerate(loader, start=1):
+            loss = F.cross_entropy(model(inputs), targets)
+            (loss / accumulate if accumulate > 1 else loss).backward()
+            if place % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return counter.calls
+
+
+def calls_of(train: Callable[[int, int], None], accumulate: int) -> float:
+    """Calls a step above the loop by hand; the set-up cancels out between two lengths."""
+    counts = []
+    for steps in (STEPS, 2 * STEPS):
+        with counting() as counter:
+            train(steps, accumulate)
+        counts.append(counter.calls - calls_by_hand(steps, accumulate))
+    return (counts[1] - counts[0]) / STEPS
+
+
+def arguments() -> dict[str, Any]:
+    return {"loss": F.cross_entropy, "optimizer": partial(SGD, lr=0.1)}
+
+
+def fit(steps: int, accumulate: int, **settings: Any) -> None:
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=accumulate, **settings)
+    trainer.fit(make_model(), make_loader(steps, accumulate), **arguments())
+
+
+def own_loop(steps: int, accumulate: int, **settings: Any) -> None:
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=accumulate, **settings)
+    with trainer.prepare(make_model(), make_loader(steps, accumulate), **arguments()) as run:
+        read_batches(run)
+
+
+def read_batches(run: TrainingRun) -> None:
+    for inputs, targets in run.batches():
+        run.backward(run.loss(run.model(inputs), targets))
+        run.step()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("train", [fit, own_loop])
+def test_a_batch_costs_few_calls_with_everything_on(
+    train: Callable[..., None], accumulate: int, tmp_path: Path
+) -> None:
+    extra = calls_of(partial(train, default_root_dir=tmp_path), accumulate)
+
+    assert extra / accumulate <= ALLOWED[train.__name__]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_costs_three_calls_with_everything_off(accumulate: int) -> None:
+    calls_of(partial(fit, barebones=True), accumulate)  # imports are counted in the first call
+
+    extra = calls_of(partial(fit, barebones=True), accumulate)
+
+    assert extra / accumulate <= 3
