@@ -5,6 +5,14 @@ Core never imports this package; it needs pytest.
 
 from __future__ import annotations
 
-from torchweld.testing.processes import run_ranks
+from torchweld.testing.processes import RanksFailed, run_ranks, spawn_ranks
+from torchweld.testing.registry import empty_registry
+from torchweld.testing.strategy import StrategyConformance
 
-__all__ = ["run_ranks"]
+__all__ = [
+    "RanksFailed",
+    "StrategyConformance",
+    "empty_registry",
+    "run_ranks",
+    "spawn_ranks",
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class Branching(nn.Module):
         hidden = torch.tanh(self.trunk(inputs))
         if branch:
             hidden = hidden + torch.tanh(self.side(hidden))
-        return self.head(hidden)
+        return cast(Tensor, self.head(hidden))
 
 
 class TinyGpt(nn.Module):
@@ -92,7 +92,8 @@ class TinyGpt(nn.Module):
         hidden = self.wte(tokens)
         query, key, value = self.qkv(self.norm(hidden)).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.head(hidden + self.proj(attended)).transpose(1, 2)
+        logits: Tensor = self.head(hidden + self.proj(attended))
+        return logits.transpose(1, 2)
 
 
 @dataclass(frozen=True)

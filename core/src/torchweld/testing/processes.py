@@ -147,8 +147,7 @@ class RankPool:
     """Worker processes that run the ranks of one job after another.
 
     A worker that died or had to be ended is replaced at the next job. After a job the ranks leave
-    their process group one by one, the last rank first (rank 0 may keep the store): gloo of torch
-    2.7 waits for ever in about one of fifty destructions that happen at the same time.
+    their process group one by one, rank 0 last, as it keeps the store.
     """
 
     def __init__(self) -> None:
@@ -369,7 +368,9 @@ def _rank_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        # Not 127.0.0.1: the store looks up the name of each peer, and that one's IPv6 form,
+        # ::ffff:127.0.0.1, is in nobody's hosts file (5 s where no name server answers).
+        "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }

@@ -6,6 +6,7 @@ Started by :mod:`torchweld.testing.processes`, never imported by a test.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_DROP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def serve(descriptor: int) -> None:
     _end_with_parent()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
+    gc.freeze()  # collecting after a job then looks at the job's objects only
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -146,8 +150,20 @@ def _answer(job: Job) -> bytes:
 
 
 def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Destroy the groups of this job, in a thread that may get stuck in it.
+
+    gloo of torch 2.7 loses a wake-up (``Loop::unregisterDescriptor``) in about one of a hundred
+    destructions, and waits for ever; the thread then stays behind, without the interpreter's lock.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    # The last references, so that nothing is destroyed before the thread drops them.
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    torch.distributed.destroy_process_group()
+    gc.collect()  # models that refer to a group are in cycles
+    dropping = threading.Thread(target=groups.clear, name="drop-groups", daemon=True)
+    dropping.start()
+    dropping.join(_DROP_SECONDS)
 
 
 def _call(job: Job) -> Any:

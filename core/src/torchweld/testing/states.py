@@ -1,4 +1,4 @@
-"""State of a model as every strategy can show it: pieces of all ranks, put together and compared."""
+"""State of a model as every strategy can show it: pieces of all ranks, put together."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ class Kept:
 
 def keep(shards: Iterable[Shard]) -> list[Kept]:
     """Copy the shards of this rank before the next step changes them."""
-    return [
-        Kept(s.name, s.local.detach().clone(), tuple(s.global_shape), s.start) for s in shards
-    ]
+    return [Kept(s.name, s.local.detach().clone(), tuple(s.global_shape), s.start) for s in shards]
 
 
 def assemble(by_rank: Sequence[Iterable[Kept]]) -> dict[str, Tensor]:
@@ -113,7 +111,7 @@ def _cause(found: State, expected: State, world_size: int) -> str:
         return "; their norm is 1.0: clipping is off, so write it off explicitly"
     if world_size > 1 and abs(along - world_size) < 1e-3:
         return f"; they are {world_size} times as large: summed over the ranks, not averaged"
-    if abs(length / wanted - abs(along)) < 1e-3:
+    if abs(along - 1) > 1e-3 and abs(length / wanted - abs(along)) < 1e-3:
         return f"; all are {along:.4g} times as large: a loss or gradient is scaled twice, or never"
     return ""
 

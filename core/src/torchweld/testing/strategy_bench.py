@@ -20,7 +20,16 @@ from torchweld.testing import strategy_jobs as jobs
 from torchweld.testing.processes import RanksFailed, run_ranks
 from torchweld.testing.registry import empty_registry
 from torchweld.testing.states import assemble, assert_same_gradients, weights
-from torchweld.testing.strategy_jobs import LR, Case, Pair, Step, Trace
+from torchweld.testing.strategy_session import (
+    DEFAULTS,
+    LR,
+    Case,
+    Pair,
+    Step,
+    Trace,
+    plain_model,
+    scaled_loss,
+)
 
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], Callable[..., Pair]]] = {
     "mlp": (models.mlp, models.features),
@@ -32,7 +41,6 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], Callable[..., Pair]]] = {
 
 MICRO_BATCH = 8  # samples of all ranks together
 SMALLEST_NORM = 32.0
-DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def plain_gradients(case: Case, step: Step, *, shares: int = 1) -> dict[str, Ten
         step: its window is one batch here.
         shares: mean over so many equal parts, for models that treat the ranks differently.
     """
-    model = jobs.plain_model(case).train()
+    model = plain_model(case).train()
     inputs, targets = (torch.cat(tensors) for tensors in zip(*step.window, strict=True))
     for rank in range(shares):
         forward = dict(step.forward)
@@ -158,8 +166,8 @@ def plain_gradients(case: Case, step: Step, *, shares: int = 1) -> dict[str, Ten
             forward["branch"] = rank == 0
         with torch.autocast("cpu", torch.bfloat16, case.settings.precision == "bf16"):
             outputs = model(inputs[rank::shares], **forward)
-        loss = jobs.scaled_loss(outputs.float(), targets[rank::shares], case.scale)
-        (loss / shares).backward()
+        loss = scaled_loss(outputs.float(), targets[rank::shares], case.scale)
+        torch.autograd.backward(loss / shares)
     named = model.named_parameters()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
 
@@ -169,7 +177,9 @@ def states_of(traces: Sequence[Trace]) -> list[dict[str, Tensor]]:
     return [assemble(pieces) for pieces in zip(*(t.states for t in traces), strict=True)]
 
 
-def gradients_between(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients_between(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Read the gradients of one plain SGD step off the weights, buffers left out."""
     w0, w1 = weights(before), weights(after)
     return {n: (w0[n] - w1[n]) / LR for n in w0 if w0[n].is_floating_point()}
@@ -195,10 +205,14 @@ def _flip(make_model: Callable[[], nn.Module], prefix: str) -> nn.Module:
 
 def channels_last_convnet() -> nn.Module:
     """The conv net with its weights in channels-last order."""
-    return models.convnet().to(memory_format=torch.channels_last)
+    model = models.convnet()
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
-# ---- single checks ---------------------------------------------------------------------------------
+# ---- single checks -------------------------------------------------------------------------------
 
 
 def check_outputs(found: Tensor, expected: Tensor, what: str) -> None:
