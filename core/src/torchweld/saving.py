@@ -218,9 +218,12 @@ def _restore_position(run: TrainingRun, header: Mapping[str, Any], loader_state:
     position.samples = header["samples"]
     position.batch = _batch_here(run, header["data"])
     position.steps_in_epoch = position.batch // wiring.table.accumulate
+    loader = wiring.feed.loader
+    if position.batch or loader_state.get("order") == loader.state_dict().get("order"):
+        loader.load_state_dict(loader_state)
     if position.batch:
-        wiring.feed.loader.load_state_dict(loader_state)
-    wiring.feed.start(position.epoch, position.batch)
+        # A new epoch is begun after the random state was restored, as in the run before.
+        wiring.feed.start(position.epoch, position.batch)
 
 
 def _batch_here(run: TrainingRun, data: Mapping[str, Any]) -> int:

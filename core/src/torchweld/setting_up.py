@@ -210,7 +210,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
         callbacks=callbacks,
         loggers=make_loggers(extras.logger, directory) if ranks.rank == 0 else [],
         console=console,
-        stateful={**remade.stateful, **_stateful_callbacks(parts.callbacks)},
+        stateful={**remade.stateful, **_stateful_callbacks(extras.callbacks)},
         directory=directory,
         root=extras.root,
         model_digest=remade.digest,

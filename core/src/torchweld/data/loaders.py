@@ -68,10 +68,11 @@ class TorchLoader:
                 part.set_epoch(epoch)
 
     def state_dict(self) -> Mapping[str, object]:
-        """Who makes the order, and the random state that it began with."""
+        """Who makes the order, the random state it began with, and generators of the user's own."""
         if self._batches is not None:
             return {"order": "core"}
-        return {"order": "sampler", "epoch_rng": self._epoch_rng}
+        generators = {name: g.get_state() for name, g in self._generators().items()}
+        return {"order": "sampler", "epoch_rng": self._epoch_rng, "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of an interrupted epoch.
@@ -87,6 +88,9 @@ class TorchLoader:
                 "number of processes and with the data that the checkpoint was made with"
             )
         self._epoch_rng = state.get("epoch_rng")
+        for name, generator in self._generators().items():
+            if name in state.get("generators", {}):
+                generator.set_state(state["generators"][name])
 
     def close(self) -> None:
         """Nothing to stop: workers end with their iterator."""
