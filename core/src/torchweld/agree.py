@@ -54,7 +54,9 @@ def agree_on_model(ranks: Ranks, lines: Sequence[str], digest: str) -> None:
     digests = ranks.exchange("model", digest)
     if len(set(digests)) == 1:
         return
-    everyone = [json.loads(text) for text in ranks.exchange("model in full", json.dumps(list(lines)))]
+    everyone = [
+        json.loads(text) for text in ranks.exchange("model in full", json.dumps(list(lines)))
+    ]
     tables = [{f"tensor {i}": line for i, line in enumerate(each)} for each in everyone]
     _compare(ranks, "model", tables)
 
@@ -71,7 +73,9 @@ def _compare(ranks: Ranks, what: str, tables: Sequence[Mapping[str, str]]) -> No
             shown = [*differences[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
             ranks.leave()
             raise RanksDisagree(
-                f"TW504  rank {rank} has another {what} than rank 0:\n  " + "\n  ".join(shown) + "\n"
+                f"TW504  rank {rank} has another {what} than rank 0:\n  "
+                + "\n  ".join(shown)
+                + "\n"
                 "every process must run the same script with the same arguments"
             )
 

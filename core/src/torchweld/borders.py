@@ -230,6 +230,9 @@ class Borders:
         for logger in self._wiring.loggers:
             if hasattr(logger, "finalize"):
                 logger.finalize(status)
-        loaders: list[Loader] = [self._wiring.feed.loader, *self._wiring.validation.loaders.values()]
+        loaders: list[Loader] = [
+            self._wiring.feed.loader,
+            *self._wiring.validation.loaders.values(),
+        ]
         for loader in loaders:
             loader.close()

@@ -80,7 +80,9 @@ def _ready(
     else:
         evaluator, run = trained.wiring.evaluator, trained
         if request.init_weights is not None:
-            raise InvalidArgument("init_weights= is for another model than the trained one: give model=")
+            raise InvalidArgument(
+                "init_weights= is for another model than the trained one: give model="
+            )
     if request.eval_step is not None:
         evaluator = replace(evaluator, forward=partial(request.eval_step, run))
     if request.loss is not None:

@@ -106,7 +106,9 @@ class Evaluator:
     def _loss(self, outputs: Any, targets: Any) -> torch.Tensor | None:
         if self.loss is not None:
             return named_loss(self.loss(outputs, targets))  # type: ignore[no-any-return]  # the user's
-        found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        found = (
+            outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        )
         return found if isinstance(found, torch.Tensor) and found.dim() == 0 else None
 
     def _count(
@@ -128,8 +130,14 @@ class Evaluator:
     def _reduce(self, sums: dict[str, Any], counts: dict[str, Any]) -> dict[str, float]:
         names = sorted(sums)
         device = self.ranks.env.device
-        values = [float(v) if not isinstance(v, torch.Tensor) else v for n in names for v in (sums[n], counts[n])]
-        table = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+        values = [
+            float(v) if not isinstance(v, torch.Tensor) else v
+            for n in names
+            for v in (sums[n], counts[n])
+        ]
+        table = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+        )
         totals = self.ranks.sum(table).tolist()
         pairs = {n: (totals[2 * i], totals[2 * i + 1]) for i, n in enumerate(names)}
         if pairs["loss"][1] == 0 and self.loss is not None:
@@ -141,7 +149,7 @@ class Evaluator:
         return {n: float(metric.compute()) for n, metric in objects.items()}
 
 
-class evaluating:  # noqa: N801 - used as a context manager, like torch.no_grad
+class evaluating:
     """Switch to evaluation without gradients, and back to training when left.
 
     ``no_grad``, not ``inference_mode``: a first forward in the latter breaks FSDP2's training.

@@ -138,7 +138,9 @@ def _loss_failed(outputs: Any, targets: Any, error: Exception) -> str:
     hint = ""
     target = next(iter(tensors(targets)), None)
     if target is not None and target.dim() == 2 and target.shape[1] == 1:
-        hint = "; targets of shape (N, 1): give class indices of shape (N,), e.g. targets.squeeze(1)"
+        hint = (
+            "; targets of shape (N, 1): give class indices of shape (N,), e.g. targets.squeeze(1)"
+        )
     elif target is not None and target.dim() == 0:
         hint = "; a target without a batch dimension"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -64,7 +64,9 @@ class Feed:
         """
         first = list(islice(self._raw, 1))
         if not first:
-            raise RunError("the training data gave no batch: it is empty, or drop_last left nothing")
+            raise RunError(
+                "the training data gave no batch: it is empty, or drop_last left nothing"
+            )
         self._raw = chain(first, self._raw)
         self.batches = self._transformed(self._raw)
         return first[0]

@@ -84,7 +84,7 @@ def _guarded(chosen: Chosen, doing: str, work: Any) -> Any:
         return work()
     except InvalidArgument:
         raise
-    except Exception as error:  # noqa: BLE001 - a stranger's code; named and chained
+    except Exception as error:
         origin = chosen.origin
         who = f" of {origin.distribution} {origin.version}" if origin.distribution else ""
         raise PluginError(

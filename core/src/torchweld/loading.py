@@ -56,7 +56,9 @@ def make_timetable(
     if note:
         console.warn(note)
     if num_batches is None and duration.max_steps is None:
-        raise InvalidArgument("the training data has no length: give max_steps=… to say how long to train")
+        raise InvalidArgument(
+            "the training data has no length: give max_steps=… to say how long to train"
+        )
     if num_batches == 0:
         raise InvalidArgument(
             f"an epoch has no batch on each of {ranks.world_size} processes: the data is smaller than "
@@ -114,6 +116,4 @@ def run_numbers(loader: Loader, table: Timetable, world_size: int) -> RunFacts:
     if table.uneven and loader.num_samples is not None and loader.batch_size is not None:
         whole = loader.batch_size * world_size
         last = (loader.num_samples % whole) // world_size
-    return RunFacts(
-        world_size, loader.batch_size, last, table.steps_per_epoch, table.total_steps
-    )
+    return RunFacts(world_size, loader.batch_size, last, table.steps_per_epoch, table.total_steps)

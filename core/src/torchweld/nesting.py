@@ -75,7 +75,12 @@ def cast_floats(value: Any, dtype: torch.dtype) -> Any:
 
 def num_samples(batch: Any) -> int:
     """Leading dimension of the first tensor in ``batch``, else the length of its first item."""
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) and batch[0].dim():
+    if (
+        isinstance(batch, (tuple, list))
+        and batch
+        and isinstance(batch[0], Tensor)
+        and batch[0].dim()
+    ):
         return int(batch[0].shape[0])  # the usual pair, without looking further
     first = next((tensor for tensor in tensors(batch) if tensor.dim() > 0), None)
     if first is not None:

@@ -73,9 +73,7 @@ def without_frozen_groups(groups: Sequence[ParamGroup]) -> tuple[list[ParamGroup
 # ---- the optimizer the user gave -----------------------------------------------------------------
 
 
-def as_factory(
-    optimizer: Any, model: nn.Module, rule: GroupRule | None
-) -> OptimizerFactory | None:
+def as_factory(optimizer: Any, model: nn.Module, rule: GroupRule | None) -> OptimizerFactory | None:
     """Return a factory for what the user gave: a factory, a fresh instance, or nothing.
 
     Raises:

@@ -31,7 +31,9 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
-def forward_under(module: nn.Module, precision: Precision, device: torch.device) -> Callable[..., Any]:
+def forward_under(
+    module: nn.Module, precision: Precision, device: torch.device
+) -> Callable[..., Any]:
     """Return the forward of ``module`` under ``precision``.
 
     Floating inputs are cast where parameters are, floating outputs come back in fp32 through any
@@ -44,7 +46,9 @@ def forward_under(module: nn.Module, precision: Precision, device: torch.device)
     return _autocast_forward(module, device.type, _AUTOCAST[precision])
 
 
-def _autocast_forward(module: nn.Module, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+def _autocast_forward(
+    module: nn.Module, device_type: str, dtype: torch.dtype
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device_type, dtype=dtype):
             outputs = module(*args, **kwargs)

@@ -55,7 +55,9 @@ class Recorder:
             return
         losses = torch.stack(self.losses).double()
         if weights is not None:
-            total = (losses * torch.tensor(weights, dtype=torch.float64, device=losses.device)).sum()
+            total = (
+                losses * torch.tensor(weights, dtype=torch.float64, device=losses.device)
+            ).sum()
         else:
             total = losses.mean() * samples
         self._loss_sum = self._loss_sum + total
@@ -106,4 +108,3 @@ class Recorder:
         table = self._ranks.sum(torch.stack(means)) / self._ranks.world_size
         self._named.clear()
         return dict(zip(names, table.tolist(), strict=True))
-

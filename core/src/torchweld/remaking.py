@@ -42,7 +42,9 @@ def build_model(model: Any, launched: Launched) -> nn.Module:
     with launched.strategy.init_context(launched.ranks.env, launched.plan.settings):
         built = model()
     if not isinstance(built, nn.Module):
-        raise InvalidArgument(f"the model function returned {type(built).__name__}, not an nn.Module")
+        raise InvalidArgument(
+            f"the model function returned {type(built).__name__}, not an nn.Module"
+        )
     return built
 
 

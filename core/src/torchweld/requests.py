@@ -57,7 +57,9 @@ class FitRequest:
                 "that returns one"
             )
         if self.train is None:
-            raise InvalidArgument("train=None: give a Dataset, a DataLoader or an iterable of batches")
+            raise InvalidArgument(
+                "train=None: give a Dataset, a DataLoader or an iterable of batches"
+            )
         if self.optimizer is None:
             raise InvalidArgument(
                 "optimizer=None: give a factory such as functools.partial(torch.optim.SGD, lr=0.1)"

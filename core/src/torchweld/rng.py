@@ -14,13 +14,13 @@ import torch
 def seed_all(seed: int) -> None:
     """Seed python, numpy and torch (CPU and every GPU) alike."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - algorithms draw from numpy's global state
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def capture() -> dict[str, Any]:
     """Return the random state of this process as plain values and tensors."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - see seed_all
+    kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
@@ -36,7 +36,7 @@ def restore(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - see seed_all
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

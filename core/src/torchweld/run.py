@@ -69,7 +69,11 @@ class TrainingRun:
         self.weigher = Weigher(wiring.feed.loader, wiring.ranks.world_size, self.position)
         self.borders = Borders(self)
         self._own = OwnLoop(self)
-        self.batches, self.backward, self.step = self._own.batches, self._own.backward, self._own.step
+        self.batches, self.backward, self.step = (
+            self._own.batches,
+            self._own.backward,
+            self._own.step,
+        )
         self.loss = _bind_loss(wiring)
         self.model = wiring.handle
         self.model.backward, self.model.step = self.backward, self.step
@@ -85,7 +89,11 @@ class TrainingRun:
         """Counts up to now; samples up to the last border."""
         table, position = self.wiring.table, self.position
         return Progress(
-            position.step, position.epoch, position.samples, table.steps_per_epoch, table.total_steps
+            position.step,
+            position.epoch,
+            position.samples,
+            table.steps_per_epoch,
+            table.total_steps,
         )
 
     def train(self, compute: Callable[[Any], Tensor]) -> None:
@@ -159,7 +167,9 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
         if kind is None:
             self.close()
         else:

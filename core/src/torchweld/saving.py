@@ -277,9 +277,13 @@ def export_run(wiring: Wiring, path: str | Path) -> Path:
         "torchweld_plan": wiring.plan.digest,
     }
     shards = list(wiring.prepared.shards())
-    everything_on_rank_0 = all(text == "0" for text in ranks.exchange("export", str(len(shards)))[1:])
+    everything_on_rank_0 = all(
+        text == "0" for text in ranks.exchange("export", str(len(shards)))[1:]
+    )
     if everything_on_rank_0:
-        problem = _try_export(lambda: export_shards(shards, target, metadata)) if not ranks.rank else ""
+        problem = (
+            _try_export(lambda: export_shards(shards, target, metadata)) if not ranks.rank else ""
+        )
     else:
         part = target.with_name(f".{target.name}.shards")
         write(
@@ -290,7 +294,9 @@ def export_run(wiring: Wiring, path: str | Path) -> Path:
             shards=(shard for shard in shards if shard.name.startswith("model/")),
             header={},
         )
-        problem = _try_export(lambda: _consolidate(part, target, metadata)) if not ranks.rank else ""
+        problem = (
+            _try_export(lambda: _consolidate(part, target, metadata)) if not ranks.rank else ""
+        )
     failed = ranks.exchange("exported", problem)[0]
     if failed:
         raise CheckpointError(f"the weights could not be written to {target}: {failed}")

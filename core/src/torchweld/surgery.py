@@ -105,7 +105,8 @@ def difference(before: Snapshot, after: Snapshot) -> Difference:
     changed = {
         f.name
         for f in fields(Parts)
-        if f.name != "model" and _differs(getattr(before.parts, f.name), getattr(after.parts, f.name))
+        if f.name != "model"
+        and _differs(getattr(before.parts, f.name), getattr(after.parts, f.name))
     }
     if replaced or counts:
         changed.add("model")
@@ -152,7 +153,9 @@ def _tensor_changes(
         "tensors renamed": len(moved) + min(len(fresh), gone - len(moved)),
         "tensors added": max(0, len(fresh) - (gone - len(moved))),
         "tensors removed": max(0, gone - len(moved) - len(fresh)),
-        "tensors replaced": sum(a.tensor is not b.tensor and a.stride == b.stride for a, b in shared),
+        "tensors replaced": sum(
+            a.tensor is not b.tensor and a.stride == b.stride for a, b in shared
+        ),
         "weights in another memory format": sum(a.stride != b.stride for a, b in shared),
         "tensors changed in place": sum(_changed_in_place(a, b) for a, b in same),
         "tensors frozen": sum(a.requires_grad and not b.requires_grad for a, b in shared),
@@ -176,10 +179,15 @@ def check_claims(name: str, found: Difference, claims: Claims) -> list[Problem]:
         what = f"{name} changed nothing"
         why = "the model has nothing for it to act on, or it looked for something else"
         return [Problem("TW501", "warning", what, why, f"leave {name} out", (name,))]
-    allowed = {rel.target for rel in relations(("model.modules",) if claims.edits is None else claims.edits)}
+    allowed = {
+        rel.target
+        for rel in relations(("model.modules",) if claims.edits is None else claims.edits)
+    }
     allowed |= {rel.target for rel in relations(claims.owns or ())}
     excess = sorted(
-        part for part in found.fields if part in _SLOTS_OF_FIELD and not _SLOTS_OF_FIELD[part] & allowed
+        part
+        for part in found.fields
+        if part in _SLOTS_OF_FIELD and not _SLOTS_OF_FIELD[part] & allowed
     )
     return [_beyond_claims(name, part, found) for part in excess]
 
@@ -205,7 +213,7 @@ def operate(chosen: Chosen, surgery: Any, parts: Parts) -> Parts:
     act = getattr(surgery, "apply", surgery)
     try:
         result = act(parts)
-    except Exception as error:  # noqa: BLE001 - a stranger's code; named and chained
+    except Exception as error:
         raise PluginError(f"surgery {chosen.name!r} failed: {_who(chosen)}{error!r}") from error
     if not isinstance(result, Parts):
         raise PluginError(

@@ -279,7 +279,12 @@ class Trainer:
         return evaluate_model(request, self._launch(), self._config, self._trained(model))
 
     def predict(
-        self, model: Any = None, data: Any = None, *, eval_step: Any = None, init_weights: Any = None
+        self,
+        model: Any = None,
+        data: Any = None,
+        *,
+        eval_step: Any = None,
+        init_weights: Any = None,
     ) -> list[Any]:
         """Return this rank's outputs over ``data``, in order, batch by batch; every rank calls it."""
         request = EvaluationRequest(model, data, None, eval_step, {}, init_weights)
@@ -340,5 +345,7 @@ def _clip_value(value: float | None, algorithm: str) -> float | None:
     if algorithm not in {"norm", "value"}:
         raise InvalidArgument(f"gradient_clip_algorithm={algorithm!r}: choose 'norm' or 'value'")
     if value is not None and not value >= 0:
-        raise InvalidArgument(f"gradient_clip_val={value!r}: give a number above 0, or None for off")
+        raise InvalidArgument(
+            f"gradient_clip_val={value!r}: give a number above 0, or None for off"
+        )
     return None if value == 0 else value

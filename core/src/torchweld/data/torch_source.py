@@ -154,7 +154,9 @@ class TorchSource:
         elif not self.shard:
             self._refuse_unsharded(request, f"an iterable {type(loader.dataset).__name__}")
         return StreamLoader(
-            _with_transforms(loader, request), sharded=env.world_size > 1, batch_size=loader.batch_size
+            _with_transforms(loader, request),
+            sharded=env.world_size > 1,
+            batch_size=loader.batch_size,
         )
 
     def _refuse_unsharded(self, request: LoaderRequest, what: str) -> None:
