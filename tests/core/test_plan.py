@@ -18,6 +18,7 @@ from torchweld import Claims, Settings, use
 from torchweld.components import Chosen, Component, Origin
 from torchweld.errors import PlanError
 from torchweld.explain import render_problems
+from torchweld.identity import identity
 from torchweld.plan import Plan
 from torchweld.problems import Problem
 from torchweld.resolve import resolve
@@ -324,3 +325,18 @@ def test_digest_is_the_same_in_another_process_that_has_no_torch(seed: str) -> N
     )
 
     assert printed.stdout.split() == [article().digest, "False"]
+
+
+class Remembering:
+    """Keeps something of every step, as Composer's CutMix keeps its last box."""
+
+    def __init__(self) -> None:
+        self.alpha = 1.0
+        self._last = 0.0
+
+
+def test_identity_leaves_out_what_an_object_remembers() -> None:
+    used = Remembering()
+    used._last = 0.7
+
+    assert identity(used) == identity(Remembering())

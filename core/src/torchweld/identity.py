@@ -71,7 +71,9 @@ def _object(value: Any, depth: int) -> str:
     if written is object.__repr__:
         plain = (*_PLAIN, tuple, list, enum.Enum)
         attributes = getattr(value, "__dict__", {})
-        simple = [name for name in sorted(attributes) if isinstance(attributes[name], plain)]
+        # Private ones change while the object is used; processes would then seem to disagree.
+        public = [name for name in sorted(attributes) if not name.startswith("_")]
+        simple = [name for name in public if isinstance(attributes[name], plain)]
         return _with_attributes(value, simple, depth)
     text = attempt(lambda: repr(value)).value or ""
     return f"{qualified_name(type(value))}: {_ADDRESS.sub('', text)}"
