@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from torchweld import rng
 from torchweld.data.order import ShardedBatches
 from torchweld.errors import CheckpointError
 from torchweld.nesting import num_samples
@@ -42,12 +45,12 @@ class TorchLoader:
         self.num_batches = len(loader)
         self.num_samples = _num_samples(loader, batches, sharded=sharded)
         self._epoch = self._start = self._position = 0
-        self._epoch_rng: dict[str, torch.Tensor] | None = None
+        self._epoch_rng: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self._position = self._start
         if self._batches is not None or self._start == 0:
-            self._epoch_rng = None if self._batches else self._capture()
+            self._epoch_rng = None if self._batches else _random_state(self._loader)
             return iter(self._loader) if self._batches is None else self._counted()
         return self._resumed()
 
@@ -68,11 +71,14 @@ class TorchLoader:
                 part.set_epoch(epoch)
 
     def state_dict(self) -> Mapping[str, object]:
-        """Who makes the order, the random state it began with, and generators of the user's own."""
+        """Who makes the order, and the random state that this epoch's began with."""
         if self._batches is not None:
-            return {"order": "core"}
-        generators = {name: g.get_state() for name, g in self._generators().items()}
-        return {"order": "sampler", "epoch_rng": self._epoch_rng, "generators": generators}
+            return {"order": "core", "seed": self._batches.seed}
+        return {
+            "order": "sampler",
+            "epoch_rng": self._epoch_rng,
+            "generators": _generator_states(self._loader),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of an interrupted epoch.
@@ -80,17 +86,12 @@ class TorchLoader:
         Raises:
             CheckpointError: the order was made in another way, so the rest of the epoch is unknown.
         """
-        mine = "core" if self._batches is not None else "sampler"
-        if state["order"] != mine:
-            raise CheckpointError(
-                f"the interrupted epoch was ordered by {state['order']!r} and this run's data is by "
-                f"{mine!r} (a DataLoader in one process keeps its own sampler): resume on the "
-                "number of processes and with the data that the checkpoint was made with"
-            )
-        self._epoch_rng = state.get("epoch_rng")
-        for name, generator in self._generators().items():
-            if name in state.get("generators", {}):
-                generator.set_state(state["generators"][name])
+        _check_order(state, "core" if self._batches is not None else "sampler")
+        if self._batches is not None:
+            self._batches.seed = state["seed"]
+            return
+        self._epoch_rng = state["epoch_rng"]
+        _set_generators(self._loader, state["generators"])
 
     def close(self) -> None:
         """Nothing to stop: workers end with their iterator."""
@@ -107,45 +108,35 @@ class TorchLoader:
 
     # ---- the user's own sampler, taken up in the middle of an epoch ---------------------------
 
-    def _generators(self) -> dict[str, torch.Generator]:
-        parts = {"loader": self._loader, "sampler": self._loader.sampler}
-        found = {name: getattr(part, "generator", None) for name, part in parts.items()}
-        return {name: generator for name, generator in found.items() if generator is not None}
-
-    def _capture(self) -> dict[str, torch.Tensor]:
-        states = {name: g.get_state() for name, g in self._generators().items()}
-        return {"torch": torch.get_rng_state(), **states}
-
     def _resumed(self) -> Iterator[Any]:
         """The rest of the epoch, read without loading what came before.
 
         The iterator of a DataLoader draws a base seed first and its sampler afterwards, from the
-        state in which the epoch began. Generators of the user's own stay where that leaves them,
-        as in the run that was interrupted; torch's global one is put back.
+        state in which the epoch began. What is left of the sampler is read when it is needed: it
+        may draw at its end, from a generator that the next epoch goes on with.
         """
         if self._epoch_rng is None:
             raise CheckpointError("the position inside the epoch is not in the checkpoint")
-        now = torch.get_rng_state()
-        self._set(self._epoch_rng)
-        torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
-        rest = list(islice(self._loader.batch_sampler or (), self._start, None))
-        iterator = iter(_over(self._loader, rest))
-        torch.set_rng_state(now)
-        return iterator
-
-    def _set(self, states: Mapping[str, torch.Tensor]) -> None:
-        torch.set_rng_state(states["torch"])
-        for name, generator in self._generators().items():
-            generator.set_state(states[name])
+        with _as_begun(self._loader, self._epoch_rng):
+            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
+            batches = self._loader.batch_sampler
+            indices = iter(self._loader.sampler if batches is None else batches)
+            _skip(indices, self._start)
+            return iter(_over(self._loader, indices))
 
 
-def _over(loader: DataLoader[Any], indices: list[Any]) -> DataLoader[Any]:
+def _over(loader: DataLoader[Any], indices: Iterator[Any]) -> DataLoader[Any]:
+    """The same DataLoader over what is left of its sampler."""
+    sampling: dict[str, Any] = {"batch_sampler": indices}
+    if loader.batch_sampler is None:
+        sampling = {"batch_size": None, "sampler": indices}
     return DataLoader(
         loader.dataset,
-        batch_sampler=indices,
+        **sampling,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
@@ -185,11 +176,17 @@ class StreamLoader:
         self.batch_size = batch_size
         self.num_batches = _length(stream)
         self._start = 0
+        self._epoch_rng: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._stream)
-        for _ in range(self._start):  # there is no other way to get past what was read
-            next(iterator, None)
+        if self._start == 0:
+            self._epoch_rng = _random_state(self._stream)
+            return iter(self._stream)
+        if self._epoch_rng is None:
+            raise CheckpointError("the position inside the epoch is not in the checkpoint")
+        with _as_begun(self._stream, self._epoch_rng):
+            iterator = iter(self._stream)
+            _skip(iterator, self._start)  # there is no other way to get past what was read
         return iterator
 
     def samples(self, batch: Any) -> int:
@@ -204,11 +201,22 @@ class StreamLoader:
                 part.set_epoch(epoch)
 
     def state_dict(self) -> Mapping[str, object]:
-        """Nothing beside the position."""
-        return {"order": "stream"}
+        """The random state that this epoch began with."""
+        return {
+            "order": "stream",
+            "epoch_rng": self._epoch_rng,
+            "generators": _generator_states(self._stream),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing beside the position."""
+        """Take the state of an interrupted epoch.
+
+        Raises:
+            CheckpointError: it was not read as a stream.
+        """
+        _check_order(state, "stream")
+        self._epoch_rng = state["epoch_rng"]
+        _set_generators(self._stream, state["generators"])
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -219,3 +227,55 @@ def _length(stream: Any) -> int | None:
         return len(stream)
     except TypeError:  # no length, or an iterable dataset without one
         return None
+
+
+# ---- what an order is drawn from -----------------------------------------------------------------
+
+
+def _check_order(state: Mapping[str, Any], mine: str) -> None:
+    if state["order"] != mine:
+        raise CheckpointError(
+            f"the interrupted epoch was ordered by {state['order']!r} and this run's data is by "
+            f"{mine!r} (a DataLoader in one process keeps its own sampler): resume on the "
+            "number of processes and with the data that the checkpoint was made with"
+        )
+
+
+def _random_state(data: Any) -> Mapping[str, Any]:
+    return {"rng": rng.capture(), "generators": _generator_states(data)}
+
+
+@contextmanager
+def _as_begun(data: Any, state: Mapping[str, Any]) -> Iterator[None]:
+    """Be in the state in which an epoch began, except that own generators stay moved on.
+
+    As in the run that was interrupted, they are then where reading so far has left them.
+    """
+    with rng.preserved():
+        rng.restore(state["rng"])
+        _set_generators(data, state["generators"])
+        yield
+
+
+def _generators(data: Any) -> dict[str, torch.Generator]:
+    """The generators of the user's own: of a DataLoader, its samplers, and theirs."""
+    parts = {"": data}
+    for path in ("batch_sampler", "sampler", "batch_sampler/sampler", "sampler/sampler"):
+        owner, _, name = path.rpartition("/")
+        parts[path] = getattr(parts.get(owner), name, None)
+    generators = {path: getattr(part, "generator", None) for path, part in parts.items()}
+    return {path: g for path, g in generators.items() if isinstance(g, torch.Generator)}
+
+
+def _generator_states(data: Any) -> dict[str, torch.Tensor]:
+    return {path: generator.get_state() for path, generator in _generators(data).items()}
+
+
+def _set_generators(data: Any, states: Mapping[str, torch.Tensor]) -> None:
+    for path, generator in _generators(data).items():
+        if path in states:
+            generator.set_state(states[path])
+
+
+def _skip(iterator: Iterator[Any], count: int) -> None:
+    deque(islice(iterator, count), maxlen=0)

@@ -23,15 +23,20 @@ class ShardedBatches:
     last global batch may be uneven; a process that would get none of it is given one sample only
     to stay in step (``real[-1] == 0``), which core weights by 0.
 
+    Args:
+        order: ``(seed, epoch) -> indices``.
+
     Attributes:
+        seed: of the order; part of a run's state.
         real: number of real samples of each batch of one epoch, for this process.
     """
 
     def __init__(
         self,
         num_samples: int,
-        order: Callable[[int], Sequence[int]],
+        order: Callable[[int, int], Sequence[int]],
         *,
+        seed: int,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -39,6 +44,7 @@ class ShardedBatches:
     ) -> None:
         self._order = order
         self._rank, self._world_size = rank, world_size
+        self.seed = seed
         self.batch_size = batch_size
         self._global_batch = batch_size * world_size
         whole, rest = divmod(num_samples, self._global_batch)
@@ -56,7 +62,7 @@ class ShardedBatches:
         return len(self.real)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self._epoch)
+        order = self._order(self.seed, self._epoch)
         for batch in range(self._start, len(self.real)):
             first = batch * self._global_batch
             chunk = order[first : first + self._global_batch]

@@ -25,6 +25,9 @@ from torchweld.errors import InvalidArgument
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, LoaderRequest
 
+Order = Callable[[int, int], Sequence[int]]
+"""``(seed, epoch) -> indices``"""
+
 _HOW_TO_SHARD = (
     "pass data=use('torch', shard=True) to give each process every world-th sample, or "
     "sharded=True if the data gives each process its own part already"
@@ -117,21 +120,20 @@ class TorchSource:
             order = _order_of(loader, request) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
         if self.shard:
-            return self._reshard(loader, request, _order_like(loader, request.seed))
+            return self._reshard(loader, request, _order_like(loader))
         self._refuse_unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
         return TorchLoader(loader, sharded=True)
 
-    def _reshard(
-        self, loader: DataLoader[Any], request: LoaderRequest, order: Callable[[int], Sequence[int]]
-    ) -> Loader:
+    def _reshard(self, loader: DataLoader[Any], request: LoaderRequest, order: Order) -> Loader:
         if loader.batch_size is None:
             raise InvalidArgument(
                 "a DataLoader with a batch_sampler of its own cannot be shared out over "
                 f"{request.env.world_size} processes: {_HOW_TO_SHARD.partition(', or ')[2]}"
             )
         batches = ShardedBatches(
-            len(order(0)),
+            len(order(request.seed, 0)),
             order,
+            seed=request.seed,
             batch_size=loader.batch_size,
             rank=request.env.rank,
             world_size=request.env.world_size,
@@ -172,10 +174,11 @@ def _sharded(
 ) -> ShardedBatches:
     _refuse_empty(request.data)
     in_order = range(num_samples)
-    order: Callable[[int], Sequence[int]] = lambda _: in_order  # noqa: E731 - one expression
+    order: Order = lambda _seed, _epoch: in_order  # noqa: E731 - one expression
     return ShardedBatches(
         num_samples,
-        partial(shuffled, num_samples, request.seed) if shuffle else order,
+        partial(shuffled, num_samples) if shuffle else order,
+        seed=request.seed,
         batch_size=batch_size,
         rank=request.env.rank,
         world_size=request.env.world_size,
@@ -188,9 +191,9 @@ def _refuse_empty(dataset: Any) -> None:
         raise InvalidArgument(f"the {type(dataset).__name__} is empty: there is nothing to read")
 
 
-def _in_order(dataset: Any) -> Callable[[int], Sequence[int]]:
+def _in_order(dataset: Any) -> Order:
     indices = range(len(dataset))
-    return lambda _: indices
+    return lambda _seed, _epoch: indices
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:
@@ -207,16 +210,16 @@ def _is_default(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler
 
 
-def _order_of(loader: DataLoader[Any], request: LoaderRequest) -> Callable[[int], Sequence[int]]:
+def _order_of(loader: DataLoader[Any], request: LoaderRequest) -> Order:
     if type(loader.sampler) is RandomSampler:
-        return partial(shuffled, len(loader.dataset), request.seed)  # type: ignore[arg-type]  # map-style here
+        return partial(shuffled, len(loader.dataset))  # type: ignore[arg-type]  # map-style here
     return _in_order(loader.dataset)
 
 
-def _order_like(loader: DataLoader[Any], seed: int) -> Callable[[int], Sequence[int]]:
+def _order_like(loader: DataLoader[Any]) -> Order:
     """The user's own sampler, drawn alike on every process."""
 
-    def order(epoch: int) -> Sequence[int]:
+    def order(seed: int, epoch: int) -> Sequence[int]:
         with rng.preserved():
             rng.seed_all(seed + epoch)
             return list(loader.sampler)
