@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from torchweld.callbacks import ModelCheckpoint
 from torchweld.components import Precision
 from torchweld.errors import InvalidArgument
 
@@ -30,6 +31,34 @@ def parse_precision(value: str | int) -> Precision:
     if str(value) not in _PRECISIONS:
         raise InvalidArgument(f"precision={value!r}: choose one of {', '.join(_PRECISIONS)}")
     return _PRECISIONS[str(value)]
+
+
+def parse_seed(value: int | None) -> int | None:
+    """Return the seed, or None for none.
+
+    Raises:
+        InvalidArgument: python, numpy and torch do not all take it.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise InvalidArgument(f"seed={value!r}: give a whole number of at least 0, or None")
+    return value
+
+
+def parse_devices(value: int | str | None) -> int | None:
+    """Return how many processes must have been launched, None for any number.
+
+    Raises:
+        InvalidArgument: no number; processes are chosen by torchrun, not by a list.
+    """
+    if value in (None, "auto", -1, "-1"):  # a list cannot be looked up in a set
+        return None
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(
+            f"devices={value!r}: give the number of processes that torchrun starts, or 'auto'"
+        )
+    return value
 
 
 def parse_accelerator(value: str) -> Literal["auto", "cpu", "cuda"]:
@@ -82,6 +111,7 @@ class Extras:
 
     def __post_init__(self) -> None:
         _at_least_one("log_every_n_steps", self.log_every_n_steps)
+        _check_loggers(self.logger)
         for callback in self.callbacks:
             if not hasattr(callback, "at") and not hasattr(callback, "bind"):
                 raise InvalidArgument(
@@ -108,14 +138,35 @@ def bare(extras: Extras) -> Extras:
     )
 
 
+def dry(extras: Extras) -> Extras:
+    """Return ``extras`` with everything off that writes files, for ``fast_dev_run``."""
+    callbacks = tuple(c for c in extras.callbacks if not isinstance(c, ModelCheckpoint))
+    return replace(extras, checkpointing=False, logger=False, callbacks=callbacks)
+
+
 def as_callbacks(callbacks: Any) -> tuple[Any, ...]:
-    """One callback or several, as a tuple."""
+    """One callback, several or None, as a tuple."""
+    if callbacks is None:
+        return ()
     return tuple(callbacks) if isinstance(callbacks, Sequence) else (callbacks,)
 
 
+def _check_loggers(logger: Any) -> None:
+    for one in logger if isinstance(logger, (list, tuple)) else [logger]:
+        if not isinstance(logger, bool) and not hasattr(one, "log_metrics"):
+            raise InvalidArgument(
+                f"logger={one!r} has no log_metrics(metrics, step): give True, False, or loggers "
+                "with Lightning's method names"
+            )
+
+
 def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
+    if value is not None and not (_is_count(value) and value >= 1):
         raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1, or None")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _count_or_fraction(name: str, value: int | float | None) -> None:
@@ -123,5 +174,7 @@ def _count_or_fraction(name: str, value: int | float | None) -> None:
         return
     if isinstance(value, float) and not 0 < value <= 1:
         raise InvalidArgument(f"{name}={value}: as a fraction it is above 0 and at most 1.0")
-    if isinstance(value, int) and value < 1:
-        raise InvalidArgument(f"{name}={value}: as a count it is at least 1")
+    if not isinstance(value, float) and not (_is_count(value) and value >= 1):
+        raise InvalidArgument(
+            f"{name}={value!r}: give a count of at least 1, a fraction such as 0.5, or None"
+        )

@@ -35,7 +35,7 @@ class Launched:
     surgeries: tuple[tuple[Chosen, Any], ...]
 
 
-def start(plan: Plan, devices: int | str | None) -> Launched:
+def start(plan: Plan, devices: int | None) -> Launched:
     """Import what the plan names, find the other processes, agree with them, and build.
 
     Imports come first: importing a wrapped library may draw from Python's random state, which is
@@ -92,8 +92,8 @@ def _guarded(chosen: Chosen, doing: str, work: Any) -> Any:
         ) from error
 
 
-def _check_devices(devices: int | str | None, ranks: Ranks) -> None:
-    if devices in {None, "auto"} or devices == ranks.world_size:
+def _check_devices(devices: int | None, ranks: Ranks) -> None:
+    if devices is None or devices == ranks.world_size:
         return
     processes = "process was" if ranks.world_size == 1 else "processes were"
     raise InvalidArgument(

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from torchweld.errors import InvalidArgument
-
 
 class TensorBoardLogger:
     """Writes scalars to ``directory`` for ``tensorboard --logdir``."""
@@ -34,21 +32,10 @@ class TensorBoardLogger:
 
 
 def make_loggers(logger: Any, directory: Path | None) -> list[Any]:
-    """Return the loggers for ``logger=``: True, False, one logger or several.
-
-    Raises:
-        InvalidArgument: something without ``log_metrics``.
-    """
+    """Return the loggers for ``logger=``: True, False, one logger or several."""
     if logger is False or (logger is True and directory is None):
         return []
     if logger is True:
         assert directory is not None
         return [TensorBoardLogger(directory)]
-    loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]
-    for one in loggers:
-        if not hasattr(one, "log_metrics"):
-            raise InvalidArgument(
-                f"logger={one!r} has no log_metrics(metrics, step): give True, False, or loggers "
-                "with Lightning's method names"
-            )
-    return loggers
+    return list(logger) if isinstance(logger, (list, tuple)) else [logger]

@@ -23,7 +23,7 @@ class Config:
     registry: Registry
     duration: Duration
     extras: Extras
-    devices: int | str | None
+    devices: int | None
     strict: bool
 
 

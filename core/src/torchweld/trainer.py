@@ -14,7 +14,17 @@ from torchweld.components import Choice, Settings
 from torchweld.console import Console
 from torchweld.errors import InvalidArgument
 from torchweld.evaluating import EvaluationRequest, evaluate_model, predict_model
-from torchweld.flags import Duration, Extras, as_callbacks, bare, parse_accelerator, parse_precision
+from torchweld.flags import (
+    Duration,
+    Extras,
+    as_callbacks,
+    bare,
+    dry,
+    parse_accelerator,
+    parse_devices,
+    parse_precision,
+    parse_seed,
+)
 from torchweld.interfaces import Parts, Result
 from torchweld.launching import Launched, start
 from torchweld.opening import open_run
@@ -52,7 +62,7 @@ class Trainer:
         val_check_interval: optimizer steps (int) or fraction of an epoch (float).
         logger: True for TensorBoard, False, or loggers with Lightning's method names.
         barebones: no bar, logs, checkpoints, summary.
-        fast_dev_run: one training step and one validation batch, nothing written.
+        fast_dev_run: one training step and one validation batch (or so many), nothing written.
         seed: None leaves the random state alone; else the same on every rank through set-up, then
             ``seed + rank``.
         allow: keys of findings to accept, e.g. ``"TW302:cutmix+mixup"``; they stay in the plan.
@@ -90,7 +100,7 @@ class Trainer:
         callbacks: Any = (),
         default_root_dir: str | Path = "runs",
         barebones: bool = False,
-        fast_dev_run: bool = False,
+        fast_dev_run: bool | int = False,
         seed: int | None = None,
         allow: Sequence[str] = (),
         strict: bool = False,
@@ -102,7 +112,7 @@ class Trainer:
             gradient_clip_val=_clip_value(gradient_clip_val, gradient_clip_algorithm),
             gradient_clip_algorithm=gradient_clip_algorithm,
             accelerator=parse_accelerator(accelerator),
-            seed=seed,
+            seed=parse_seed(seed),
         )
         duration = Duration(
             max_epochs=max_epochs,
@@ -115,14 +125,16 @@ class Trainer:
         extras = Extras(
             log_every_n_steps=log_every_n_steps,
             progress_bar=enable_progress_bar,
-            checkpointing=enable_checkpointing and not fast_dev_run,
+            checkpointing=enable_checkpointing,
             model_summary=enable_model_summary,
-            logger=False if fast_dev_run else logger,
+            logger=logger,
             callbacks=as_callbacks(callbacks),
             root=Path(default_root_dir),
         )
         if fast_dev_run:
-            duration = Duration(max_steps=1, limit_train_batches=1, limit_val_batches=1)
+            few = int(fast_dev_run)
+            duration = Duration(max_steps=few, limit_train_batches=few, limit_val_batches=few)
+            extras = dry(extras)
         registry = registry if registry is not None else Registry.installed()
         plan = make_plan(
             registry,
@@ -135,7 +147,12 @@ class Trainer:
             strict=strict,
         )
         self._config = Config(
-            plan, registry, duration, bare(extras) if barebones else extras, devices, strict
+            plan,
+            registry,
+            duration,
+            bare(extras) if barebones else extras,
+            parse_devices(devices),
+            strict,
         )
         self._launched: Launched | None = None
         self._run: TrainingRun | None = None
@@ -344,7 +361,8 @@ def _positive(name: str, value: int) -> int:
 def _clip_value(value: float | None, algorithm: str) -> float | None:
     if algorithm not in {"norm", "value"}:
         raise InvalidArgument(f"gradient_clip_algorithm={algorithm!r}: choose 'norm' or 'value'")
-    if value is not None and not value >= 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and value >= 0):
         raise InvalidArgument(
             f"gradient_clip_val={value!r}: give a number above 0, or None for off"
         )
