@@ -85,7 +85,8 @@ class Console:
             self._bar = tqdm(
                 total=progress.steps_per_epoch, leave=False, unit="step", dynamic_ncols=True
             )
-        done = progress.step - progress.epoch * (progress.steps_per_epoch or 0)
+        shift = self._table.shift if self._table is not None else 0
+        done = progress.step - shift - progress.epoch * (progress.steps_per_epoch or 0)
         self._bar.set_description(f"epoch {self._epoch(progress.epoch)}", refresh=False)
         self._bar.set_postfix(_shown(metrics), refresh=False)
         self._bar.update(done - self._bar.n)

@@ -56,6 +56,7 @@ def open_run(
     if request.ckpt_path is not None:
         checkpoint = find_checkpoint(wiring, request.ckpt_path, _monitored(wiring))
         wiring.console.say(restore_run(run, checkpoint))
+        wiring = run.wiring
     _log_hparams(wiring)
     total = wiring.table.total_steps
     if total is not None and run.position.step >= total:

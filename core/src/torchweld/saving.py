@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,13 @@ def save_run(run: TrainingRun) -> Path:
         header=_header(run),
         state=state,
     )
-    run.where["note"] = f"last complete checkpoint: {path}; resume with ckpt_path='last'"
+    _note_safe(run, path)
     return path
+
+
+def _note_safe(run: TrainingRun, path: Path) -> None:
+    """Remember what to say should the run fail from here on."""
+    run.where["note"] = f"last complete checkpoint: {path} (intact); resume with ckpt_path='last'"
 
 
 def _header(run: TrainingRun) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def _header(run: TrainingRun) -> dict[str, Any]:
         "model_digest": wiring.model_digest,
         "metrics": encode(dict(run.borders.metrics), "the metrics")[0],
         "groups": _groups(wiring),
+        "makers": _makers(wiring),
         "hparams": encode(dict(wiring.hparams), "hparams")[0],
         "surgeries": [chosen.name for chosen in wiring.plan.surgeries],
         "data": {
@@ -77,6 +84,12 @@ def _header(run: TrainingRun) -> dict[str, Any]:
             "accumulate": wiring.table.accumulate,
         },
     }
+
+
+def _makers(wiring: Wiring) -> dict[str, str]:
+    """Whose state is saved; that of another class would be taken without a word."""
+    made = {"optimizer": wiring.prepared.optimizer, "lr_scheduler": wiring.scheduler}
+    return {argument: type(part).__name__ for argument, part in made.items() if part is not None}
 
 
 def _groups(wiring: Wiring) -> list[dict[str, Any]]:
@@ -184,20 +197,42 @@ def restore_run(run: TrainingRun, checkpoint: Checkpoint) -> str:
         CheckpointError: the position inside the epoch cannot be taken up.
     """
     wiring, header = run.wiring, checkpoint.header
+    _check_makers(wiring, checkpoint)
+    _restore_position(run, header)
     wiring.prepared.restore(checkpoint)
     same_world = header["data"]["world_size"] == wiring.ranks.world_size
     source = wiring.ranks.rank if same_world else 0
     state = decode(checkpoint.rank_state(source), checkpoint.rank_tensors(source))
     _restore_groups(wiring, state["hyper_parameters"])
-    if wiring.scheduler is not None and state["schedule"] is not None:
+    if wiring.scheduler is not None:
         wiring.scheduler.load_state_dict(state["schedule"])
-    for name, part in wiring.stateful.items():
-        if name in state["components"]:
-            part.load_state_dict(state["components"][name])
-    _restore_position(run, header, state["loader"])
+    _restore_components(wiring, state["components"])
+    _restore_loader(run, state["loader"])
     if same_world:
         rng.restore(state["rng"])
+    _note_safe(run, checkpoint.path)
     return _resumed_line(checkpoint, header, same_world, wiring)
+
+
+def _check_makers(wiring: Wiring, checkpoint: Checkpoint) -> None:
+    before, now = checkpoint.header["makers"], _makers(wiring)
+    for argument in sorted(before.keys() | now.keys()):
+        theirs, mine = before.get(argument, "none"), now.get(argument, "none")
+        if theirs != mine:
+            raise CheckpointError(
+                f"{checkpoint.path} was made with {argument} {theirs}, and this run has {mine}: "
+                f"resume with {theirs}, or start from its weights alone with init_weights="
+            )
+
+
+def _restore_components(wiring: Wiring, states: Mapping[str, Any]) -> None:
+    for name, part in wiring.stateful.items():
+        if name in states:
+            part.load_state_dict(states[name])
+        else:
+            wiring.console.warn(f"the checkpoint has no state of {name!r}: it begins anew")
+    for name in sorted(states.keys() - wiring.stateful.keys()):
+        wiring.console.warn(f"the checkpoint has a state of {name!r}, which this run does not have")
 
 
 def _restore_groups(wiring: Wiring, groups: list[dict[str, Any]]) -> None:
@@ -212,39 +247,47 @@ def _restore_groups(wiring: Wiring, groups: list[dict[str, Any]]) -> None:
         group.update(saved)
 
 
-def _restore_position(run: TrainingRun, header: Mapping[str, Any], loader_state: Any) -> None:
-    position, wiring = run.position, run.wiring
+def _restore_position(run: TrainingRun, header: Mapping[str, Any]) -> None:
+    position, table = run.position, run.wiring.table
     position.step, position.epoch = header["step"], header["epoch"]
     position.samples = header["samples"]
     position.batch = _batch_here(run, header["data"])
-    position.steps_in_epoch = position.batch // wiring.table.accumulate
-    loader = wiring.feed.loader
-    if position.batch or loader_state.get("order") == loader.state_dict().get("order"):
-        loader.load_state_dict(loader_state)
+    position.steps_in_epoch = position.batch // table.accumulate
+    if table.steps_per_epoch is not None:
+        here = position.epoch * table.steps_per_epoch + position.steps_in_epoch
+        run.rewire(replace(run.wiring, table=replace(table, shift=position.step - here)))
+
+
+def _restore_loader(run: TrainingRun, state: Mapping[str, Any]) -> None:
+    position, feed = run.position, run.wiring.feed
+    if position.batch or state.get("order") == feed.loader.state_dict().get("order"):
+        feed.loader.load_state_dict(state)
     if position.batch:
         # A new epoch is begun after the random state was restored, as in the run before.
-        wiring.feed.start(position.epoch, position.batch)
+        feed.start(position.epoch, position.batch)
 
 
 def _batch_here(run: TrainingRun, data: Mapping[str, Any]) -> int:
     """The batch at which this number of processes and this batch size go on in the epoch."""
     wiring = run.wiring
     size, world = wiring.feed.loader.batch_size, wiring.ranks.world_size
-    before = (data["batch_size"], data["world_size"])
-    if before == (size, world) or data["batch"] == 0:
-        return int(data["batch"])
-    if size is None or data["batch_size"] is None:
+    before, accumulate = (data["batch_size"], data["world_size"]), wiring.table.accumulate
+    batch, rest = int(data["batch"]), 0
+    if batch and before != (size, world):
+        if size is None or data["batch_size"] is None:
+            raise CheckpointError(
+                f"the checkpoint is in the middle of an epoch read by {data['world_size']} "
+                f"processes, and this run has {world}: resume on {data['world_size']}, or from the "
+                "end of an epoch"
+            )
+        batch, rest = divmod(batch * before[0] * before[1], size * world)
+    # Without a length, windows run on over the ends of epochs.
+    if rest or (wiring.table.batches_per_epoch is not None and batch % accumulate):
         raise CheckpointError(
-            f"the checkpoint is in the middle of an epoch read by {data['world_size']} processes, "
-            f"and this run has {world}: resume on {data['world_size']}, or from the end of an epoch"
-        )
-    read = data["batch"] * data["batch_size"] * data["world_size"]
-    batch, rest = divmod(read, size * world)
-    if rest or batch % wiring.table.accumulate:
-        raise CheckpointError(
-            f"{read} samples of the epoch were read in global batches of {before[0] * before[1]}, "
-            f"which is no multiple of this run's window of {size * world * wiring.table.accumulate}: "
-            "resume with a batch size, number of processes and accumulation that divide it"
+            f"the checkpoint is in the middle of an epoch, after {data['batch']} batches of "
+            f"{before[0]} on each of {before[1]} processes, which is no multiple of this run's "
+            f"window ({accumulate} x {size} on {world}): resume with a batch size, number of "
+            "processes and accumulate_grad_batches that divide it, or from the end of an epoch"
         )
     return batch
 

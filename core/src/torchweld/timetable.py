@@ -24,6 +24,8 @@ class Timetable:
         log_every: steps between two logs; None for no logging.
         val_every_steps: steps between two validations; None for the ends of epochs.
         val_every_epochs: epochs between two validations at their ends; None for never there.
+        shift: steps that were made before resuming beyond those that the same epochs have now, on
+            another number of processes or with another batch size.
     """
 
     accumulate: int = 1
@@ -34,6 +36,7 @@ class Timetable:
     log_every: int | None = None
     val_every_steps: int | None = None
     val_every_epochs: int | None = None
+    shift: int = 0
 
     @cached_property
     def steps_per_epoch(self) -> int | None:
@@ -48,7 +51,7 @@ class Timetable:
         per_epoch = self.steps_per_epoch
         limits = [self.max_steps] if self.max_steps is not None else []
         if self.max_epochs is not None and per_epoch is not None:
-            limits.append(self.max_epochs * per_epoch)
+            limits.append(self.max_epochs * per_epoch + self.shift)
         return min(limits) if limits else None
 
     @property

@@ -58,8 +58,11 @@ class ModelCheckpoint:
 
     def at(self, border: Border, run: Run) -> None:
         """Save where one is due, once a step; every rank calls it."""
+        if "fit_start" in border.kind:
+            # The checkpoints of an earlier run of the same Trainer are that run's.
+            self.last, self._saved, self._saved_step = None, [], None
         step = border.progress.step
-        if step == self._saved_step or step == 0 or not self._is_due(border):
+        if step in {0, self._saved_step} or not self._is_due(border):
             return
         if self.monitor is not None and self.monitor not in border.metrics:
             self._refuse_unknown(border)

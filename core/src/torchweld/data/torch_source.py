@@ -117,7 +117,7 @@ class TorchSource:
         if hasattr(_sampler(loader), "num_replicas"):
             return TorchLoader(_checked_replicas(loader, request), sharded=True)
         if _is_default(loader):
-            order = _order_of(loader, request) if request.train else _in_order(loader.dataset)
+            order = _order_of(loader) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
         if self.shard:
             return self._reshard(loader, request, _order_like(loader))
@@ -210,7 +210,7 @@ def _is_default(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler
 
 
-def _order_of(loader: DataLoader[Any], request: LoaderRequest) -> Order:
+def _order_of(loader: DataLoader[Any]) -> Order:
     if type(loader.sampler) is RandomSampler:
         return partial(shuffled, len(loader.dataset))  # type: ignore[arg-type]  # map-style here
     return _in_order(loader.dataset)
