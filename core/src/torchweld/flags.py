@@ -33,18 +33,18 @@ def parse_precision(value: str | int) -> Precision:
     return _PRECISIONS[str(value)]
 
 
-def parse_seed(value: int | None) -> int | None:
+def parse_seed(value: Any) -> int | None:
     """Return the seed, or None for none.
 
     Raises:
         InvalidArgument: python, numpy and torch do not all take it.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise InvalidArgument(f"seed={value!r}: give a whole number of at least 0, or None")
-    return value
+    if value is None or (_is_count(value) and value >= 0):
+        return cast("int | None", value)
+    raise InvalidArgument(f"seed={value!r}: give a whole number of at least 0, or None")
 
 
-def parse_devices(value: int | str | None) -> int | None:
+def parse_devices(value: Any) -> int | None:
     """Return how many processes must have been launched, None for any number.
 
     Raises:
@@ -54,11 +54,11 @@ def parse_devices(value: int | str | None) -> int | None:
         return None
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(
-            f"devices={value!r}: give the number of processes that torchrun starts, or 'auto'"
-        )
-    return value
+    if _is_count(value) and value >= 1:
+        return cast("int", value)
+    raise InvalidArgument(
+        f"devices={value!r}: give the number of processes that torchrun starts, or 'auto'"
+    )
 
 
 def parse_accelerator(value: str) -> Literal["auto", "cpu", "cuda"]:

@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Any], Any], attribute: str | None = None) -> Any:
     """Return ``value`` with ``function`` applied to every tensor in it.
 
     Goes through mappings (also ``UserDict`` and its kin, which a pytree map takes for leaves),
     tuples, named tuples, lists and dataclasses; containers are copied, never changed in place.
     Anything else is returned as it is.
+
+    Args:
+        attribute: ``function`` is also applied to what has it, without looking inside.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or (attribute is not None and hasattr(value, attribute)):
         return function(value)
     if isinstance(value, Mapping):
-        return _map_mapping(value, function)
+        return _map_mapping(value, function, attribute)
     if isinstance(value, (tuple, list)):
-        items = [map_tensors(item, function) for item in value]
+        items = [map_tensors(item, function, attribute) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in fields(value) if f.init]
-        return replace(value, **{n: map_tensors(getattr(value, n), function) for n in names})
+        return replace(
+            value, **{n: map_tensors(getattr(value, n), function, attribute) for n in names}
+        )
     return value
 
 
-def _map_mapping(value: Mapping[Any, Any], function: Callable[[Tensor], Tensor]) -> Any:
-    items = {key: map_tensors(item, function) for key, item in value.items()}
+def _map_mapping(
+    value: Mapping[Any, Any], function: Callable[[Any], Any], attribute: str | None
+) -> Any:
+    items = {key: map_tensors(item, function, attribute) for key, item in value.items()}
     if type(value) is dict or not isinstance(value, MutableMapping):
         return items
     result = copy.copy(value)
@@ -59,11 +66,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def move(value: Any, device: torch.device) -> Any:
     """Return ``value`` on ``device``; page-locked tensors are copied without waiting.
 
-    A leaf that is no tensor but has ``.to(device)`` (a packed sequence, say) is moved by it.
+    What has ``.to(device)`` of its own is moved by it, wherever it stands: a packed sequence, say,
+    which is a tuple with a part that has to stay on the CPU.
     """
-    if isinstance(value, (Tensor, Mapping, tuple, list)) or is_dataclass(value):
-        return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
-    return value.to(device) if hasattr(value, "to") else value
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device)
+
+    return map_tensors(value, moved, attribute="to")
 
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.names import canonical
+from torchweld.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +65,7 @@ def without_frozen_groups(groups: Sequence[ParamGroup]) -> tuple[list[ParamGroup
     kept = [g for g in groups if any(p.requires_grad for p in g["params"])]
     dropped = [g for g in groups if g not in kept]
     notes = [
-        f"a parameter group of {len(g['names'])} frozen parameters ({g['names'][0]}, …) was left out"
+        f"a group of {len(g['names'])} frozen parameters ({g['names'][0]}, …) was left out"
         for g in dropped
     ]
     return kept, notes
@@ -82,7 +83,7 @@ def as_factory(optimizer: Any, model: nn.Module, rule: GroupRule | None) -> Opti
     if optimizer is None or not isinstance(optimizer, Optimizer):
         if optimizer is not None and not callable(optimizer):
             raise InvalidArgument(f"optimizer={optimizer!r} is no optimizer: give {_FACTORY}")
-        return optimizer  # type: ignore[no-any-return]  # a callable of the user's
+        return optimizer
     _check_instance(optimizer, model, rule)
     return _rebinding(optimizer)
 
@@ -102,6 +103,12 @@ def _check_instance(optimizer: Optimizer, model: nn.Module, rule: GroupRule | No
         )
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    strangers = held - {id(p) for p in model.parameters()}
+    if strangers:
+        raise InvalidArgument(
+            f"the {name} instance holds {len(strangers)} parameters that are not the model's and "
+            f"would not be trained: make them part of the model, or give {_FACTORY}"
+        )
     if trainable - held:
         raise InvalidArgument(
             f"the {name} instance holds {len(held & trainable)} of the model's {len(trainable)} "
@@ -137,23 +144,59 @@ def check_groups(groups: Sequence[ParamGroup], model: nn.Module) -> None:
     _refuse_uncovered(names, trainable)
 
 
-def check_trained(prepared: Prepared) -> None:
+def check_trained(prepared: Prepared, groups: Sequence[ParamGroup]) -> list[list[str]]:
     """Check after ``setup`` that the optimizer holds every trainable parameter exactly once.
 
+    Args:
+        groups: what the optimizer was to be made of.
+
+    Returns:
+        The names in each group of the optimizer, which may have split what it was given.
+
     Raises:
-        RunError: names the parameters that would not be trained, or be stepped twice.
+        RunError: names the parameters that would not be trained, or be stepped twice, or with
+            hyper-parameters that were meant for others.
     """
     assert prepared.optimizer is not None
     by_id = {id(p): canonical(n) for n, p in prepared.named_parameters()}
-    held = [id(p) for group in prepared.optimizer.param_groups for p in group["params"]]
-    strangers = sum(i not in by_id for i in held)
+    held = [[by_id.get(id(p), "") for p in g["params"]] for g in prepared.optimizer.param_groups]
+    names = [name for group in held for name in group]
+    strangers = names.count("")
     if strangers:
         raise RunError(
             f"TW503  the optimizer holds {strangers} parameters that are not the model's: it was "
             f"made before the model was changed or wrapped; give {_FACTORY}"
         )
     trainable = [canonical(n) for n, p in prepared.named_parameters() if p.requires_grad]
-    _refuse_uncovered([by_id[i] for i in held], trainable)
+    _refuse_uncovered(names, trainable)
+    _refuse_mixed(held, groups)
+    _refuse_misspelt(prepared.optimizer, groups)
+    return held
+
+
+def _refuse_mixed(held: Sequence[Sequence[str]], groups: Sequence[ParamGroup]) -> None:
+    place = {name: number for number, group in enumerate(groups) for name in group["names"]}
+    for names in held:
+        one_of_each = {place[name]: name for name in names if name in place}
+        if len(one_of_each) > 1:
+            first, second, *_ = one_of_each.values()
+            raise RunError(
+                f"TW503  the optimizer has {first!r} and {second!r} in one group, though "
+                "param_groups= asks for different hyper-parameters: make it of the groups it is "
+                f"given, e.g. {_FACTORY}"
+            )
+
+
+def _refuse_misspelt(optimizer: Optimizer, groups: Sequence[ParamGroup]) -> None:
+    """Refuse a typo: torch keeps hyper-parameters that it does not know and never looks at them."""
+    known = getattr(optimizer, "defaults", {}).keys()
+    for name in {name for group in groups for name in group} - known - {"params", "names"}:
+        meant = did_you_mean(name, known)
+        if meant:
+            raise InvalidArgument(
+                f"param_groups gave {name!r}, which {type(optimizer).__name__} does not have: "
+                f"{meant}"
+            )
 
 
 def _refuse_uncovered(names: Sequence[str], trainable: Sequence[str]) -> None:
@@ -208,12 +251,12 @@ def check_materialised(model: nn.Module) -> None:
     Raises:
         RunError: on the meta device, or lazy modules that never saw a batch.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
             raise RunError(
                 f"{name!r} is lazy and has no shape yet: run one batch through the model first"
             )
-        if parameter.is_meta:
+        if tensor.is_meta:
             raise RunError(
                 f"{name!r} is on the meta device and nothing fills it: build the model on the CPU, "
                 "or give init_weights=…"

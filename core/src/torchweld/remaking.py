@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,8 @@ def bind_parts(parts: Parts, run: Any) -> Parts:
         return tuple(item.bind(run) if hasattr(item, "bind") else item for item in items)
 
     names = [f.name for f in fields(Parts) if isinstance(getattr(parts, f.name), tuple)]
-    return replace(parts, **{name: bound(getattr(parts, name)) for name in names})
+    bound_parts: dict[str, Any] = {name: bound(getattr(parts, name)) for name in names}
+    return replace(parts, **bound_parts)
 
 
 # ---- weights given by the user -------------------------------------------------------------------
@@ -114,6 +115,11 @@ class Weights:
     """The weights of ``init_weights=``: loaded before surgery if they fit then, else after it."""
 
     def __init__(self, source: str | Path | Mapping[str, Tensor] | None) -> None:
+        if source is not None and not isinstance(source, (str, Path, Mapping)):
+            raise InvalidArgument(
+                f"init_weights={type(source).__name__}: give a .safetensors file, or a mapping of "
+                "names to tensors such as a state_dict"
+            )
         self._source = source
         self._weights = None if source is None else load_weights(source)
 
@@ -164,23 +170,37 @@ def _misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        # load_state_dict into a meta module says "all keys matched" and loads nothing.
-        model.to_empty(device="cpu")
+    _make_room(model)
     for name, tensor in _named_tensors(model).items():
         tensor.copy_(weights[name])
 
 
-def loss_and_targets(
-    loss: Callable[[Any, Any], Any] | None, step: Callable[..., Any] | None
-) -> tuple[bool, str]:
-    """Whether core can see the loss, and which of the three ways to train was chosen.
+def _make_room(model: nn.Module) -> None:
+    """Replace what is on the meta device by empty tensors on the CPU; tied ones stay tied.
+
+    ``to_empty`` would untie them and wipe what has values already, and ``load_state_dict`` into a
+    meta module says "all keys matched" and loads nothing.
 
     Raises:
-        InvalidArgument: ``loss`` is no function.
+        InvalidArgument: a buffer that is in no ``state_dict`` has no value, and none can be given.
     """
-    if loss is not None and not callable(loss):
-        raise InvalidArgument(f"loss={loss!r} is no function of (outputs, targets)")
-    if step is not None:
-        return False, "step"
-    return loss is not None, "loss" if loss is not None else "model"
+    persistent = dict(persistent_buffers(model))
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in persistent:
+            raise InvalidArgument(
+                f"init_weights: the buffer {name!r} is on the meta device and not in a state_dict, "
+                "so no file can fill it: build the model on the CPU"
+            )
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, tensor in place.items():
+                if tensor is not None and tensor.is_meta:
+                    place[name] = made.setdefault(id(tensor), _empty_like(tensor))  # type: ignore[assignment]  # a parameter for a parameter
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="cpu")
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad)

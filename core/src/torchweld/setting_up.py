@@ -138,8 +138,9 @@ def set_up(remade: Remade, console: Console) -> Ready:
     )
     # Without "params.writable" the optimizer may hold copies, which only the strategy can compare.
     if parts.optimizer is not None and "params.writable" in provides:
-        check_trained(prepared)
-    return Ready(prepared, [group["names"] for group in groups], provides)
+    names = [group["names"] for group in groups]
+        names = check_trained(prepared, groups)
+    return Ready(prepared, names, provides)
 
 
 def strategy_tokens(plan: Plan) -> frozenset[str]:

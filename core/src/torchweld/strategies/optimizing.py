@@ -30,6 +30,8 @@ class OptimizerStep:
         self.optimizer: Optimizer = request.optimizer(groups)
         for wrap in request.optimizer_wrappers:
             self.optimizer = wrap(self.optimizer)
+        # What the user's own code left in .grad would be added to the first step.
+        self.optimizer.zero_grad()
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "16" else None
         self.norm: Tensor | None = None
         self._model = model
