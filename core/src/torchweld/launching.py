@@ -20,19 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launched:
-    """A run whose processes agree on what to do.
-
-    Attributes:
-        plan: with the facts of the launch.
-        surgeries: in plan order, beside what was chosen.
-    """
+    """A run whose processes agree on what to do; ``plan`` has the facts of the launch."""
 
     ranks: Ranks
     plan: Plan
     strategy: Strategy
     data: DataSource
     val_data: DataSource
-    surgeries: tuple[tuple[Chosen, Any], ...]
 
 
 def start(plan: Plan, devices: int | None) -> Launched:
@@ -57,8 +51,7 @@ def start(plan: Plan, devices: int | None) -> Launched:
     ranks.join(strategy.backend)
     data = build(plan.data)
     val_data = build(plan.val_data) if plan.val_data is not None else data
-    surgeries = tuple((chosen, build(chosen)) for chosen in plan.surgeries)
-    return Launched(ranks, plan, strategy, data, val_data, surgeries)
+    return Launched(ranks, plan, strategy, data, val_data)
 
 
 def _import_all(plan: Plan) -> None:

@@ -111,6 +111,8 @@ class Ranks:
         """
         try:
             yield
+        except GeneratorExit:  # a run that was never closed is no failure
+            raise
         except BaseException as error:
             if self.world_size > 1:
                 self._report(error, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torchweld.weighing import Weigher
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
     from torchweld.plan import Plan
     from torchweld.wiring import Wiring
@@ -48,6 +50,7 @@ class TrainingRun:
         plan: with the facts of fit.
         where: what to say about the run when something fails.
         stopping: no further segment is begun.
+        guard: entered around an own loop; tells the other ranks of an error here.
     """
 
     batches: Callable[[], Iterator[Any]]
@@ -59,6 +62,7 @@ class TrainingRun:
         self.position = Position()
         self.where = where
         self.stopping = False
+        self.guard = ExitStack()
         self._closed = False
         self.rewire(wiring)
 
@@ -163,18 +167,23 @@ class TrainingRun:
             self._closed = True
             self._own.close()
             self.borders.finish()
+            self.guard.close()
 
-    def __enter__(self) -> TrainingRun:
+    def __enter__(self) -> TrainingRun:  # noqa: PYI034 - Self is in typing from 3.11 on
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._closed = True
-            self.borders.abandon(error)
+            return
+        self._closed = True
+        self.borders.abandon(error)
+        self.guard.__exit__(kind, error, traceback)
 
 
 def _bind_loss(wiring: Wiring) -> Callable[[Any, Any], Any]:

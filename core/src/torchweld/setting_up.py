@@ -21,6 +21,7 @@ from torchweld.facts import loss_facts, model_facts
 from torchweld.feed import Feed
 from torchweld.handle import Handle
 from torchweld.interfaces import Parts, SetupRequest
+from torchweld.launching import Launched, build
 from torchweld.loading import (
     evaluation_loader,
     make_timetable,
@@ -45,7 +46,6 @@ from torchweld.wiring import Wiring, needs_closure
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, ParamGroup, Prepared
-    from torchweld.launching import Launched
     from torchweld.plan import Plan
     from torchweld.requests import Config, FitRequest
     from torchweld.timetable import Timetable
@@ -77,8 +77,10 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
         model, request.loss, param_groups=request.param_groups, optimizer=factory,
         callbacks=config.extras.callbacks,
     )  # fmt: skip
+    # Made anew for every run: a surgery may keep things between the steps of one.
+    surgeries = [(chosen, build(chosen)) for chosen in launched.plan.surgeries]
     parts, reports, stateful = operate_all(
-        parts, launched.surgeries, launched.plan.settings, strict=config.strict
+        parts, surgeries, launched.plan.settings, strict=config.strict
     )
     weights.load_late(parts.model)
     for report in reports:
@@ -136,9 +138,9 @@ def set_up(remade: Remade, console: Console) -> Ready:
             settings=launched.plan.settings,
         ),
     )
+    names = [group["names"] for group in groups]
     # Without "params.writable" the optimizer may hold copies, which only the strategy can compare.
     if parts.optimizer is not None and "params.writable" in provides:
-    names = [group["names"] for group in groups]
         names = check_trained(prepared, groups)
     return Ready(prepared, names, provides)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,7 +217,6 @@ class Trainer:
         checkpoint = next((c.last for c in run.wiring.callbacks if hasattr(c, "last")), None)
         return Result(dict(run.borders.metrics), run.progress, checkpoint, run.plan)
 
-    @contextmanager
     def prepare(
         self,
         model: Any,
@@ -233,21 +232,24 @@ class Trainer:
         init_weights: Any = None,
         ckpt_path: str | Path | None = None,
         hparams: Mapping[str, Any] | None = None,
-    ) -> Iterator[TrainingRun]:
+    ) -> TrainingRun:
         """Prepare a run for an own loop: ``with trainer.prepare(…) as run``; as :meth:`fit`.
 
         The body reads ``run.batches()`` and calls ``run.backward(loss)`` and ``run.step()`` exactly
-        once for each batch; logging, validation and checkpoints happen between two batches.
+        once for each batch; logging, validation and checkpoints happen between two batches. Without
+        ``with``, ``run.close()`` does the work of the last border.
         """
         request = FitRequest(
             model, train, val, loss, None, eval_step, metrics or {}, optimizer, lr_scheduler,
             param_groups, init_weights, ckpt_path, hparams or {},
         )  # fmt: skip
-        with self._opened(request) as (run, _), run:
+        with ExitStack() as stack:
+            run, _ = stack.enter_context(self._opened(request))
             if run.wiring.is_closure:
                 name = type(run.model.optimizer).__name__
                 raise InvalidArgument(f"{name} evaluates the loss itself: use fit, not an own loop")
-            yield run
+            run.guard = stack.pop_all()
+        return run
 
     @contextmanager
     def _opened(self, request: FitRequest) -> Iterator[tuple[TrainingRun, Any]]:
