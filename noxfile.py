@@ -235,8 +235,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train a small network on handwritten digits in two processes, with four optimizations."""
-    run = [with_plugins(session, PLUGINS), "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    session.run(*run, "examples/digits.py", *session.posargs, env=ENV)
+    run = [with_plugins(session, PLUGINS), "-m", "torch.distributed.run", "--standalone"]
+    session.run(*run, "--nproc-per-node=2", "examples/digits.py", *session.posargs, env=ENV)
 
 
 @nox.session

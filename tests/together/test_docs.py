@@ -171,6 +171,6 @@ def test_listing_module_in_the_readme_is_the_one_of_the_contracts_page() -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_in_two_processes(example: Path, tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-endpoint=localhost:0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     run(*torchrun, str(example), folder=tmp_path)
