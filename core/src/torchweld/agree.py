@@ -1,4 +1,4 @@
-"""Agreement before work: the ranks compare what each is about to do, and the difference is shown."""
+"""Agreement before work: the ranks compare what each is about to do, and show the difference."""
 
 from __future__ import annotations
 
@@ -26,13 +26,11 @@ def agree_on_plan(ranks: Ranks, plan: Plan) -> None:
     mine = json.dumps({"plan": dict(plan.summary()), "error": error})
     everyone = [json.loads(text) for text in ranks.exchange("plan", mine)]
     if error:
-        ranks.leave()
         plan.raise_for_problems()
     for rank, other in enumerate(everyone):
         if other["error"]:
-            ranks.leave()
             raise PlanError(f"rank {rank} cannot start:\n{other['error']}")
-    _compare(ranks, "plan", [other["plan"] for other in everyone])
+    _compare("plan", [other["plan"] for other in everyone])
 
 
 def _error_of(plan: Plan) -> str:
@@ -58,20 +56,20 @@ def agree_on_model(ranks: Ranks, lines: Sequence[str], digest: str) -> None:
         json.loads(text) for text in ranks.exchange("model in full", json.dumps(list(lines)))
     ]
     tables = [{f"tensor {i}": line for i, line in enumerate(each)} for each in everyone]
-    _compare(ranks, "model", tables)
+    _compare("model", tables)
 
 
-def _compare(ranks: Ranks, what: str, tables: Sequence[Mapping[str, str]]) -> None:
+def _compare(what: str, tables: Sequence[Mapping[str, str]]) -> None:
     for rank, table in enumerate(tables):
         differences = [
-            f"{key}: {tables[0].get(key, 'nothing')} (rank 0), {table.get(key, 'nothing')} (rank {rank})"
+            f"{key}: {tables[0].get(key, 'nothing')} (rank 0), "
+            f"{table.get(key, 'nothing')} (rank {rank})"
             for key in dict.fromkeys([*tables[0], *table])
             if tables[0].get(key) != table.get(key) and key != "digest"
         ]
         if differences:
             more = len(differences) - _SHOWN
             shown = [*differences[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-            ranks.leave()
             raise RanksDisagree(
                 f"TW504  rank {rank} has another {what} than rank 0:\n  "
                 + "\n  ".join(shown)

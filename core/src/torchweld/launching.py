@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchweld.agree import agree_on_plan
-from torchweld.errors import InvalidArgument, PluginError
+from torchweld.errors import InvalidArgument, PluginError, TorchweldError
 from torchweld.facts import run_facts
 from torchweld.precision import check_precision
 from torchweld.ranks import Ranks, launch
@@ -40,25 +40,39 @@ def start(plan: Plan, devices: int | None) -> Launched:
         RanksDisagree: the ranks planned different things.
         PluginError: a selected component cannot be built.
     """
-    if not plan.has_errors:
-        _import_all(plan)
+    broken = _import_all(plan) if not plan.has_errors else None
     ranks = launch(plan.settings.accelerator)
+    with ranks.first_cause({"doing": "set-up"}):
+        if broken is not None:
+            raise broken
+        return _agreed(plan, ranks, devices)
+
+
+def _agreed(plan: Plan, ranks: Ranks, devices: int | None) -> Launched:
     _check_devices(devices, ranks)
     plan = plan.with_facts(run_facts(ranks.env))
     agree_on_plan(ranks, plan)
     check_precision(plan.settings.precision, ranks.env.device)
     strategy = build(plan.strategy)
-    ranks.join(strategy.backend)
     data = build(plan.data)
     val_data = build(plan.val_data) if plan.val_data is not None else data
+    # Joining waits for all in a way that cannot be interrupted: nobody may stop just before it.
+    ranks.exchange("set-up", "")
+    ranks.join(strategy.backend)
     return Launched(ranks, plan, strategy, data, val_data)
 
 
-def _import_all(plan: Plan) -> None:
+def _import_all(plan: Plan) -> TorchweldError | None:
+    """Import the components; what goes wrong is returned, to be told to the other ranks."""
     state = random.getstate()
-    for chosen in plan.order:
-        _guarded(chosen, "imported", chosen.load)
-    random.setstate(state)
+    try:
+        for chosen in plan.order:
+            _guarded(chosen, "imported", chosen.load)
+    except TorchweldError as error:
+        return error
+    finally:
+        random.setstate(state)
+    return None
 
 
 def build(chosen: Chosen | None) -> Any:
@@ -81,7 +95,8 @@ def _guarded(chosen: Chosen, doing: str, work: Any) -> Any:
         origin = chosen.origin
         who = f" of {origin.distribution} {origin.version}" if origin.distribution else ""
         raise PluginError(
-            f"{chosen.phase} {chosen.name!r}{who} could not be {doing}: {type(error).__name__}: {error}"
+            f"{chosen.phase} {chosen.name!r}{who} could not be {doing}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
