@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self, ranks: Ranks) -> None:
         self.losses: list[Tensor] = []
         self._ranks = ranks
-        self._loss_sum: Tensor | float = 0.0
+        self._loss_sum: Tensor | None = None
         self._samples = 0
         self._named: dict[str, list[Any]] = {}
 
@@ -53,14 +53,12 @@ class Recorder:
         """
         if not self.losses:
             return
-        losses = torch.stack(self.losses).double()
-        if weights is not None:
-            total = (
-                losses * torch.tensor(weights, dtype=torch.float64, device=losses.device)
-            ).sum()
+        losses = torch.stack(self.losses)
+        if weights is None:
+            total = losses.mean(dtype=torch.float64) * samples
         else:
-            total = losses.mean() * samples
-        self._loss_sum = self._loss_sum + total
+            total = (losses * losses.new_tensor(weights, dtype=torch.float64)).sum()
+        self._loss_sum = total if self._loss_sum is None else self._loss_sum + total
         self._samples += samples
         self.losses.clear()
 
@@ -73,28 +71,26 @@ class Recorder:
 
         Raises:
             LoopError: ranks logged different names.
-            RunError: the loss is not finite.
         """
         names = sorted(self._named)
         signature = float(zlib.crc32("\n".join(names).encode()))
-        head = [self._loss_sum, float(self._samples), float(stop), signature, signature**2]
-        head += [grad_norm] if grad_norm is not None else []
-        table = self._ranks.sum(self._table(head)).tolist()
-        self._check_names(signature, table[3], table[4], names)
-        samples = round(table[1])
-        metrics = {"train_loss": table[0] / samples} if samples else {}
+        numbers = [0.0, 0.0, self._samples, stop, signature, signature**2]
+        table = torch.tensor(numbers, dtype=torch.float64, device=self._ranks.env.device)
+        for place, measured in enumerate((self._loss_sum, grad_norm)):
+            if measured is not None:
+                table[place] = measured
+        loss, norm, samples, stops, *signatures = self._ranks.sum(table).tolist()
+        self._check_names(signature, signatures, names)
+        metrics = {"train_loss": loss / samples} if samples else {}
         if grad_norm is not None:
-            metrics["grad_norm"] = table[5] / self._ranks.world_size
+            metrics["grad_norm"] = norm / self._ranks.world_size
         metrics |= self._reduce_named(names)
-        self._loss_sum, self._samples = 0.0, 0
-        return Totals(metrics, samples, table[2] > 0)
+        self._loss_sum, self._samples = None, 0
+        return Totals(metrics, round(samples), stops > 0)
 
-    def _table(self, values: list[Any]) -> Tensor:
-        device = self._ranks.env.device
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-
-    def _check_names(self, mine: float, total: float, squares: float, names: list[str]) -> None:
-        world = self._ranks.world_size
+    def _check_names(self, mine: float, sums: list[float], names: list[str]) -> None:
+        """Compare by sum and sum of squares: together they are right only if all are alike."""
+        world, (total, squares) = self._ranks.world_size, sums
         if total != world * mine or not math.isclose(squares, world * mine**2, rel_tol=1e-12):
             raise LoopError(
                 f"the processes logged different names at one border; rank {self._ranks.rank} "
@@ -104,7 +100,12 @@ class Recorder:
     def _reduce_named(self, names: list[str]) -> dict[str, float]:
         if not names:
             return {}
-        means = [self._table(self._named[name]).mean() for name in names]
+        means = [self._mean(self._named[name]) for name in names]
         table = self._ranks.sum(torch.stack(means)) / self._ranks.world_size
         self._named.clear()
         return dict(zip(names, table.tolist(), strict=True))
+
+    def _mean(self, values: list[Any]) -> Tensor:
+        device = self._ranks.env.device
+        tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+        return torch.stack(tensors).mean()
