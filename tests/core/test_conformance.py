@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from torchweld.builtin import DDP, SINGLE
+from torchweld.builtin import DDP, SINGLE, TORCH
 from torchweld.interfaces import Env
-from torchweld.testing import StrategyConformance
+from torchweld.testing import DataSourceConformance, StrategyConformance
 
 
 def plain_loop(model: nn.Module, env: Env) -> Callable[[Tensor, Tensor], None]:
@@ -49,3 +49,13 @@ class TestDdpLookingForUnusedParameters(StrategyConformance):
     options: ClassVar = {"find_unused_parameters": True}
     world_sizes = (2,)
     collectives_per_step = 2  # which parameters were used is exchanged, too
+
+
+class TestTorchSource(DataSourceConformance):
+    component = TORCH
+
+
+class TestTorchSourceWithWorkers(DataSourceConformance):
+    component = TORCH
+    options: ClassVar = {"batch_size": 4, "num_workers": 1}
+    world_sizes = (1,)

@@ -119,7 +119,7 @@ def test_run_ranks_gives_the_variables_of_a_launch() -> None:
 
     assert (first["RANK"], second["RANK"]) == ("0", "1")
     assert (first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("0", "1")
-    assert first["MASTER_ADDR"] == "localhost"
+    assert first["MASTER_ADDR"] == "127.0.0.1"
     assert first["WORLD_SIZE"] == second["LOCAL_WORLD_SIZE"] == "2"
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
 

@@ -5,11 +5,13 @@ Core never imports this package; it needs pytest.
 
 from __future__ import annotations
 
+from torchweld.testing.data import DataSourceConformance
 from torchweld.testing.processes import RanksFailed, run_ranks, spawn_ranks
 from torchweld.testing.registry import empty_registry
 from torchweld.testing.strategy import StrategyConformance
 
 __all__ = [
+    "DataSourceConformance",
     "RanksFailed",
     "StrategyConformance",
     "empty_registry",

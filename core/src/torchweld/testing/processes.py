@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import atexit
 import functools
-import io
-import json
 import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,12 +21,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-import torch
-
 from torchweld.errors import InvalidArgument
+from torchweld.testing.rank_processes import (
+    free_port,
+    hosted_store,
+    kill,
+    make_job,
+    python_command,
+    rank_environ,
+    start,
+    store_environ,
+)
 from torchweld.testing.rank_worker import Failure, Job
 
 START_SECONDS = 120.0
@@ -38,10 +42,8 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one failed, before they are ended."""
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from torchweld.testing import rank_worker; rank_worker."
-)
+LEAVE_SECONDS = 2.0
+"""How long a worker may take to clean up after a job, before it is replaced."""
 
 
 class RanksFailed(AssertionError):
@@ -96,18 +98,18 @@ def spawn_ranks(
     """
     place = Path(directory)
     variables = {**os.environ, **(environ or {})}
-    port = _free_port()
+    port = free_port()
     processes, outputs = [], []
     for rank in range(world_size):
-        ours = {**_rank_environ(rank, world_size), **_store_environ(port)}
+        ours = {**rank_environ(rank, world_size), **store_environ(port)}
         outputs.append(place / f"rank-{rank}-{port}.txt")
         if callable(target):
             job_file = place / f"rank-{rank}-{port}.job"
-            job_file.write_bytes(pickle.dumps(_make_job(target, args, ours, str(place))))
-            command = [*_python("run_once(sys.argv[2])"), str(job_file)]
+            job_file.write_bytes(pickle.dumps(make_job(target, args, ours, str(place))))
+            command = [*python_command("run_once(sys.argv[2])"), str(job_file)]
         else:
             command = [sys.executable, str(target), *map(str, args)]
-        processes.append(_popen(command, outputs[-1], cwd=place, env={**variables, **ours}))
+        processes.append(start(command, outputs[-1], cwd=place, env={**variables, **ours}))
     return SpawnedRanks(tuple(processes), tuple(outputs))
 
 
@@ -131,7 +133,7 @@ class SpawnedRanks:
 
     def kill(self, rank: int) -> None:
         """End one rank as ``kill -9`` does, with the processes that it started."""
-        _kill(self.processes[rank])
+        kill(self.processes[rank])
 
     def output(self, rank: int) -> str:
         """What the rank has printed so far, errors included."""
@@ -142,7 +144,7 @@ class SpawnedRanks:
 
     def __exit__(self, *exception: object) -> None:
         for process in self.processes:
-            _kill(process)
+            kill(process)
 
 
 class RankPool:
@@ -162,9 +164,9 @@ class RankPool:
         """See :func:`run_ranks`."""
         if world_size < 1:
             raise InvalidArgument(f"world_size={world_size}: a job needs at least one rank; give 1")
-        with self._directory() as directory, _hosted_store() as environ:
+        with self._directory() as directory, hosted_store() as environ:
             jobs = [
-                _make_job(function, args, {**environ, **_rank_environ(rank, world_size)}, directory)
+                make_job(function, args, {**environ, **rank_environ(rank, world_size)}, directory)
                 for rank in range(world_size)
             ]
             answers = self._answers(jobs, timeout)
@@ -225,9 +227,9 @@ class _Worker:
         os.close(handle)
         self.log = Path(log)
         self._offset = 0
-        command = [*_python("serve(int(sys.argv[2]))"), str(theirs.fileno())]
+        command = [*python_command("serve(int(sys.argv[2]))"), str(theirs.fileno())]
         descriptors = (theirs.fileno(),)
-        self.process = _popen(command, self.log, pass_fds=descriptors, stdin=subprocess.PIPE)
+        self.process = start(command, self.log, pass_fds=descriptors, stdin=subprocess.PIPE)
         theirs.close()
 
     def wait_until_ready(self) -> None:
@@ -250,7 +252,7 @@ class _Worker:
     def leave(self) -> None:
         """Let the worker clean up after its job; end it if it cannot."""
         if not (
-            self._reaches(b"leave") and self.connection.poll(GRACE_SECONDS) and self._receive()
+            self._reaches(b"leave") and self.connection.poll(LEAVE_SECONDS) and self._receive()
         ):
             self.end()
 
@@ -266,7 +268,7 @@ class _Worker:
         return Failure(rank, waited + hint, self.output(), None, time.monotonic())
 
     def end(self) -> None:
-        _kill(self.process)
+        kill(self.process)
         self.connection.close()
         if self.process.stdin is not None:
             self.process.stdin.close()
@@ -330,86 +332,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-class _RecordingPickler(pickle.Pickler):
-    """Notes the modules of all classes and functions that the pickle will ask for."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.modules: dict[str, str] = {}
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
-            name = getattr(value, "__module__", None) or ""
-            file = getattr(sys.modules.get(name), "__file__", None)
-            if file and name != "__main__":
-                self.modules[name] = file
-        return NotImplemented
-
-
-def _make_job(
-    function: Callable[..., Any], args: tuple[Any, ...], environ: Mapping[str, str], directory: str
-) -> Job:
-    buffer = io.BytesIO()
-    pickler = _RecordingPickler(buffer)
-    try:
-        pickler.dump((function, args))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise InvalidArgument(
-            f"{function!r} with its arguments cannot be sent to another process: {error}; give a "
-            "function, classes and values that are defined at the top of a module"
-        ) from error
-    return Job(buffer.getvalue(), pickler.modules, tuple(sys.path), environ, directory)
-
-
-@contextmanager
-def _hosted_store() -> Iterator[dict[str, str]]:
-    """Host the store of one job here, as torchrun does: no rank then waits for rank 0 to start."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    yield {**_store_environ(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    del store
-
-
-def _store_environ(port: int) -> dict[str, str]:
-    # Not 127.0.0.1: the store looks up the name of each peer, and that one's IPv6 form,
-    # ::ffff:127.0.0.1, is in nobody's hosts file (5 s where no name server answers).
-    return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-
-
-def _rank_environ(rank: int, world_size: int) -> dict[str, str]:
-    ours = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-    }
-    if sys.platform == "linux":
-        # Gloo otherwise asks for the address of the host's name, which a bare container lacks.
-        ours["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return ours
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _python(call: str) -> list[str]:
-    return [sys.executable, "-c", _BOOT + call, json.dumps([p for p in sys.path if p])]
-
-
-def _popen(command: Sequence[str], output: Path, **options: Any) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches the tests only, and `_kill` reaches its children.
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
-        )
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_DROP_SECONDS = 0.5
+_SETTLE_SECONDS = 0.005  # for gloo's threads to let go of the last tensors
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _load_file(name: str, file: str) -> ModuleType:
 def _end_with_parent() -> None:
     # A hanging job would outlive a killed test run: standard input is a pipe that the parent holds.
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin: its lock would be taken for ever in a forked process
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
@@ -150,20 +150,16 @@ def _answer(job: Job) -> bytes:
 
 
 def _leave_process_group() -> None:
-    """Destroy the groups of this job, in a thread that may get stuck in it.
+    """Destroy the groups of this job.
 
-    gloo of torch 2.7 loses a wake-up (``Loop::unregisterDescriptor``) in about one of a hundred
-    destructions, and waits for ever; the thread then stays behind, without the interpreter's lock.
+    gloo of torch 2.7 can wait for ever in it, the interpreter locked: when its threads still free
+    the tensors of the last collective (for that they need the interpreter), and, rarer, for a
+    wake-up that ``Loop::unregisterDescriptor`` lost. The pool then replaces this process.
     """
-    if not torch.distributed.is_initialized():
-        return
-    # The last references, so that nothing is destroyed before the thread drops them.
-    groups = list(torch.distributed.distributed_c10d._world.pg_map)
-    torch.distributed.destroy_process_group()
-    gc.collect()  # models that refer to a group are in cycles
-    dropping = threading.Thread(target=groups.clear, name="drop-groups", daemon=True)
-    dropping.start()
-    dropping.join(_DROP_SECONDS)
+    if torch.distributed.is_initialized():
+        time.sleep(_SETTLE_SECONDS)
+        torch.distributed.destroy_process_group()
+        gc.collect()  # models that refer to a group are in cycles
 
 
 def _call(job: Job) -> Any:
