@@ -15,6 +15,11 @@ def _apply(transforms: Sequence[Callable[[Any], Any]], sample: Any) -> Any:
     return sample
 
 
+def _pass_on(dataset: Any, epoch: int) -> None:
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
 class Transformed(Dataset[Any]):
     """A map-style dataset whose samples go through ``transforms``."""
 
@@ -27,6 +32,10 @@ class Transformed(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         return _apply(self.transforms, self.dataset[index])
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know."""
+        _pass_on(self.dataset, epoch)
+
 
 class TransformedIterable(IterableDataset[Any]):
     """An iterable dataset whose samples go through ``transforms``."""
@@ -37,6 +46,13 @@ class TransformedIterable(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (_apply(self.transforms, sample) for sample in self.dataset)
 
+    def __len__(self) -> int:
+        return len(self.dataset)  # a TypeError where it has none, as without the transforms
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know."""
+        _pass_on(self.dataset, epoch)
+
 
 class Strided(IterableDataset[Any]):
     """Every ``step``-th sample of an iterable dataset, from ``start`` on."""
@@ -46,3 +62,7 @@ class Strided(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.dataset), self.start, None, self.step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know."""
+        _pass_on(self.dataset, epoch)

@@ -42,7 +42,7 @@ class TorchLoader:
         self.note = note
         self.sharded = sharded or batches is not None
         self.batch_size = _batch_size(loader, batches)
-        self.num_batches = len(loader)
+        self.num_batches: int | None = len(loader)
         self.num_samples = _num_samples(loader, batches, sharded=sharded)
         self._epoch = self._start = self._position = 0
         self._epoch_rng: Mapping[str, Any] | None = None
@@ -63,10 +63,13 @@ class TorchLoader:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Make the next ``iter`` that epoch's, from that batch on."""
         self._epoch, self._start = epoch, start_batch
+        batches = self._loader.batch_sampler
+        parts: list[Any] = [self._loader.dataset]
         if self._batches is not None:
             self._batches.set_epoch(epoch, start_batch)
-            return
-        for part in (self._loader.dataset, self._loader.sampler, self._loader.batch_sampler):
+        else:
+            parts += [self._loader.sampler, batches, getattr(batches, "sampler", None)]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
@@ -165,7 +168,7 @@ class StreamLoader:
 
     owns_batches = True
     on_device = False
-    num_samples = None
+    num_samples: int | None = None
     note = ""
 
     def __init__(
@@ -196,7 +199,8 @@ class StreamLoader:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Make the next ``iter`` that epoch's, reading past ``start_batch`` batches."""
         self._start = start_batch
-        for part in (self._stream, getattr(self._stream, "dataset", None)):
+        parts: list[Any] = [self._stream, getattr(self._stream, "dataset", None)]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 

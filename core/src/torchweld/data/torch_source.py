@@ -72,8 +72,7 @@ class TorchSource:
         if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
             return self._from_dataset(data, request)
         if isinstance(data, Iterable):
-            self._refuse_unsharded(request, f"a {type(data).__name__}, which is read as it comes,")
-            return StreamLoader(data, sharded=request.env.world_size > 1)
+            return self._from_batches(data, request)
         raise InvalidArgument(
             f"data of type {type(data).__name__} cannot be read: give a Dataset (with "
             "data=use('torch', batch_size=…)), a DataLoader, or an iterable of batches"
@@ -82,14 +81,15 @@ class TorchSource:
     # ---- a Dataset: core makes the order ----------------------------------------------------
 
     def _from_dataset(self, dataset: Any, request: LoaderRequest) -> Loader:
-        size = self._size_for(dataset)
-        shuffle = request.train if self.shuffle is None else self.shuffle
+        size, drop_last = self._size_for(dataset), self.drop_last and request.train
+        shuffle = request.train and self.shuffle is not False
+        _refuse_empty(dataset)
+        if self.sharded and request.env.world_size > 1:
+            dataset = _transformed(dataset, request)
+            loader = DataLoader(dataset, size, shuffle, drop_last=drop_last, **self._workers)
+            return TorchLoader(loader, sharded=True)
         batches = _sharded(
-            len(dataset),
-            request,
-            shuffle=shuffle and request.train,
-            batch_size=size,
-            drop_last=self.drop_last and request.train,
+            len(dataset), request, shuffle=shuffle, batch_size=size, drop_last=drop_last
         )
         dataset = _transformed(dataset, request)
         return TorchLoader(DataLoader(dataset, batch_sampler=batches, **self._workers), batches)
@@ -109,20 +109,19 @@ class TorchSource:
             return self._from_iterable_loader(loader, request)
         _refuse_empty(loader.dataset)
         loader = _with_transforms(loader, request)
-        if request.env.world_size == 1:
-            return TorchLoader(loader)
         if isinstance(loader.sampler, DistributedSampler) and not request.train:
             # Its padding would count samples twice in a metric; its order does not matter there.
             return self._reshard(loader, request, _in_order(loader.dataset))
         if hasattr(_sampler(loader), "num_replicas"):
             return TorchLoader(_checked_replicas(loader, request), sharded=True)
+        if request.env.world_size == 1 or self.sharded:
+            return TorchLoader(loader, sharded=self.sharded)
         if _is_default(loader):
             order = _order_of(loader) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
         if self.shard:
             return self._reshard(loader, request, _order_like(loader))
-        self._refuse_unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
-        return TorchLoader(loader, sharded=True)
+        raise _unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
 
     def _reshard(self, loader: DataLoader[Any], request: LoaderRequest, order: Order) -> Loader:
         if loader.batch_size is None:
@@ -145,7 +144,10 @@ class TorchSource:
 
     def _from_iterable(self, dataset: IterableDataset[Any], request: LoaderRequest) -> Loader:
         loader = DataLoader(
-            dataset, self._size_for(dataset), drop_last=self.drop_last, **self._workers
+            dataset,
+            self._size_for(dataset),
+            drop_last=self.drop_last and request.train,
+            **self._workers,
         )
         return self._from_iterable_loader(loader, request)
 
@@ -153,26 +155,39 @@ class TorchSource:
         env = request.env
         if env.world_size > 1 and self.shard:
             loader = _clone(loader, dataset=Strided(loader.dataset, env.rank, env.world_size))
-        elif not self.shard:
-            self._refuse_unsharded(request, f"an iterable {type(loader.dataset).__name__}")
+        elif env.world_size > 1 and not self.sharded:
+            raise _unsharded(request, f"an iterable {type(loader.dataset).__name__}")
         return StreamLoader(
             _with_transforms(loader, request),
             sharded=env.world_size > 1,
             batch_size=loader.batch_size,
         )
 
-    def _refuse_unsharded(self, request: LoaderRequest, what: str) -> None:
-        if request.env.world_size > 1 and not self.sharded:
+    def _from_batches(self, batches: Iterable[Any], request: LoaderRequest) -> Loader:
+        """Batches as they come; with ``shard=True`` each process takes every world-th of them."""
+        env, name = request.env, type(batches).__name__
+        if request.sample_transforms:
             raise InvalidArgument(
-                f"{what} would give all {request.env.world_size} processes the same samples, or "
-                f"each a part that core cannot know: {_HOW_TO_SHARD}"
+                f"a surgery changes single samples, and a {name} gives whole batches: pass a "
+                "Dataset or a DataLoader"
             )
+        if env.world_size > 1 and self.shard:
+            batches = Strided(batches, env.rank, env.world_size)
+        elif env.world_size > 1 and not self.sharded:
+            raise _unsharded(request, f"a {name}, which is read as it comes,")
+        return StreamLoader(batches, sharded=env.world_size > 1)
+
+
+def _unsharded(request: LoaderRequest, what: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{what} would give all {request.env.world_size} processes the same samples, or each a "
+        f"part that core cannot know: {_HOW_TO_SHARD}"
+    )
 
 
 def _sharded(
     num_samples: int, request: LoaderRequest, *, shuffle: bool, batch_size: int, drop_last: bool
 ) -> ShardedBatches:
-    _refuse_empty(request.data)
     in_order = range(num_samples)
     order: Order = lambda _seed, _epoch: in_order  # noqa: E731 - one expression
     return ShardedBatches(
@@ -197,8 +212,11 @@ def _in_order(dataset: Any) -> Order:
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:
-    own = type(loader.batch_sampler) is not BatchSampler
-    return loader.batch_sampler if own and loader.batch_sampler is not None else loader.sampler
+    """What chooses the samples: a batch sampler of the user's own, else what is under it."""
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader.sampler
+    return batches.sampler if type(batches) is BatchSampler else batches
 
 
 def _is_default(loader: DataLoader[Any]) -> bool:
@@ -228,11 +246,13 @@ def _order_like(loader: DataLoader[Any]) -> Order:
 
 
 def _checked_replicas(loader: DataLoader[Any], request: LoaderRequest) -> DataLoader[Any]:
-    replicas = _sampler(loader).num_replicas
-    if replicas != request.env.world_size:
+    sampler, env = _sampler(loader), request.env
+    replicas, rank = sampler.num_replicas, getattr(sampler, "rank", env.rank)
+    if (replicas, rank) != (env.world_size, env.rank):
         raise InvalidArgument(
-            f"the sampler shares the data out over num_replicas={replicas} processes, but "
-            f"{request.env.world_size} were launched: leave num_replicas out, or pass the Dataset"
+            f"the sampler gives part {rank} of num_replicas={replicas}, and this is process "
+            f"{env.rank} of {env.world_size}: pass the Dataset, which is shared out by itself, or "
+            "make the sampler with this run's numbers"
         )
     return loader
 
@@ -272,7 +292,7 @@ def _clone(
         "persistent_workers": loader.persistent_workers,
     }
     if iterable or (batch_sampler is None and loader.batch_sampler is None):
-        shape = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        shape: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         if not iterable:
             shape = {"batch_size": None, "sampler": loader.sampler}
         return DataLoader(dataset or loader.dataset, **shape, **arguments)
