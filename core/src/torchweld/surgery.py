@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from torchweld.claims import Claims, relations
 from torchweld.components import Chosen
 from torchweld.errors import PluginError, SurgeryError
@@ -13,9 +15,9 @@ from torchweld.interfaces import Parts
 from torchweld.problems import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _SLOTS_OF_FIELD: dict[str, frozenset[str]] = {
     "model": frozenset({"model.modules"}),
@@ -31,6 +33,12 @@ _SLOTS_OF_FIELD: dict[str, frozenset[str]] = {
     "after_step": frozenset({"weights.average", "optimizer"}),
 }
 """Which slots allow a change of a field of Parts; a field that is missing here needs none."""
+
+
+_ATTRIBUTES = "modules with other attributes or hooks"
+
+Attributes = dict[str, Any]
+"""What a module has beside parameters, buffers and submodules: settings and hooks."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Snapshot:
 
     parts: Parts
     modules: Mapping[str, nn.Module]
+    attributes: Mapping[str, Attributes]
+    loss_attributes: Mapping[str, Attributes]
     tensors: Mapping[str, TensorState]
 
 
@@ -82,9 +92,27 @@ class Difference:
 
 def snapshot(parts: Parts) -> Snapshot:
     """Note modules, parameters and buffers of the model, and every other part."""
-    model = parts.model
+    model, loss = parts.model, parts.loss
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    return Snapshot(parts, dict(model.named_modules()), {n: _state(t) for n, t in named})
+    return Snapshot(
+        parts,
+        dict(model.named_modules()),
+        {name: _attributes(module) for name, module in model.named_modules()},
+        {n: _attributes(m) for n, m in loss.named_modules()} if isinstance(loss, nn.Module) else {},
+        {n: _state(t) for n, t in named},
+    )
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    """Containers are copied, so that a change inside is seen; the mode is core's to set."""
+    elsewhere = {"_parameters", "_buffers", "_modules", "training"}
+    return {n: _copied(v) for n, v in vars(module).items() if n not in elsewhere}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(value.values())  # the keys of hooks are numbers that say nothing
+    return tuple(value) if isinstance(value, (list, set)) else value
 
 
 def _state(tensor: Tensor) -> TensorState:
@@ -102,15 +130,36 @@ def difference(before: Snapshot, after: Snapshot) -> Difference:
     """Compare two snapshots; a value changed through ``.data`` stays invisible."""
     replaced, added = _module_changes(before.modules, after.modules)
     counts = added + Counter(dict(_tensor_changes(before.tensors, after.tensors)))
+    kept = [n for n, m in after.modules.items() if before.modules.get(n) is m]
+    counts += Counter({_ATTRIBUTES: _num_different(kept, before.attributes, after.attributes)})
     changed = {
         f.name
         for f in fields(Parts)
         if f.name != "model"
         and _differs(getattr(before.parts, f.name), getattr(after.parts, f.name))
     }
+    if _num_different(before.loss_attributes, before.loss_attributes, after.loss_attributes):
+        changed.add("loss")
     if replaced or counts:
         changed.add("model")
     return Difference(frozenset(changed), replaced, tuple(sorted(counts.items())))
+
+
+def _num_different(
+    names: Iterable[str], old: Mapping[str, Attributes], new: Mapping[str, Attributes]
+) -> int:
+    return sum(not _same_attributes(old[name], new.get(name, {})) for name in names)
+
+
+def _same_attributes(old: Attributes, new: Attributes) -> bool:
+    return old.keys() == new.keys() and all(_same(old[name], new[name]) for name in old)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
+    plain = (int, float, str, bool)
+    return old is new or (isinstance(old, plain) and isinstance(new, plain) and old == new)
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -193,13 +242,15 @@ def check_claims(name: str, found: Difference, claims: Claims) -> list[Problem]:
 
 
 def _beyond_claims(name: str, part: str, found: Difference) -> Problem:
-    slots = " or ".join(sorted(_SLOTS_OF_FIELD[part]))
+    slots = sorted(_SLOTS_OF_FIELD[part])
     return Problem(
         "TW502",
         "error",
         f"{name} changed {part!r}, which it does not claim ({found})",
-        f"a change there needs the slot {slots}, and other plugins were checked without it",
-        f"its author adds edits=[{slots!r}] to the claims",
+        f"a change there needs the slot {' or '.join(slots)}, and the other choices were checked "
+        "without it",
+        f"state edits={slots[:1]} in its claims; your own function has them as Component({name!r}, "
+        f"'…', build=lambda: function, claims=Claims(edits={slots[:1]}))",
         (name,),
     )
 
