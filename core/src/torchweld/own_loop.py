@@ -151,13 +151,21 @@ class OwnLoop:
             position.batch = position.batch + self._size if known else feed.batch
 
     def close(self) -> None:
-        """End the iteration; the border that was reached, if any, is worked off."""
+        """End the iteration; the border that was reached, if any, is worked off.
+
+        Raises:
+            LoopError: the last batch had its backward and not its step.
+        """
         if self._iterating is not None:
             self._iterating.close()
+        if self._state == _BACKWARD_DONE:
+            self._check_stepped()
+        del self._run.weigher.seen[len(self._losses) :]  # of a batch that was read and not used
         if self._place:
             self._run.wiring.console.warn(
                 f"the run ended inside an accumulation window: {self._place} of its {self._size} "
                 "micro-batches were not applied"
             )
+            self._place = 0  # what is saved now is the state after the last step
         if self._losses:
             self._close_segment()
