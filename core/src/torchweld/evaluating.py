@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from torchweld.console import Console
 from torchweld.errors import InvalidArgument
 from torchweld.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
 from torchweld.handle import Handle
 from torchweld.loading import evaluation_loader
-from torchweld.requests import FitRequest
+from torchweld.requests import FitRequest, check_functions, check_metric_names
 from torchweld.setting_up import remake, set_up
 from torchweld.versions import headline
 
@@ -49,32 +52,58 @@ def evaluate_model(
     request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
 ) -> dict[str, float]:
     """Return loss and metrics; of the trained model where there is one."""
-    evaluator, loader = _ready(request, launched, config, trained)
-    try:
-        with launched.ranks.first_cause({"doing": "evaluation"}):
-            return evaluator.evaluate(loader)
-    finally:
-        loader.close()
+    with (
+        launched.ranks.first_cause({"doing": "evaluation"}),
+        _ready(request, launched, config, trained) as (evaluator, loader),
+    ):
+        return evaluator.evaluate(loader)
 
 
 def predict_model(
     request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
 ) -> list[Any]:
     """Return this rank's outputs, batch by batch."""
-    evaluator, loader = _ready(request, launched, config, trained)
-    try:
-        with launched.ranks.first_cause({"doing": "prediction"}):
-            return evaluator.predict(loader)
-    finally:
-        loader.close()
+    with (
+        launched.ranks.first_cause({"doing": "prediction"}),
+        _ready(request, launched, config, trained) as (evaluator, loader),
+    ):
+        return evaluator.predict(loader)
 
 
+@contextmanager
 def _ready(
     request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
-) -> tuple[Evaluator, Loader]:
+) -> Iterator[tuple[Evaluator, Loader]]:
     if request.data is None:
         raise InvalidArgument("data=None: give the data to read, as val= of fit")
+    check_functions(request, "loss", "eval_step")
+    check_metric_names(request.metrics)
     check_metrics(request.metrics, launched.ranks.world_size)
+    with _modes_kept(request.model if trained is None else trained.wiring.model):
+        evaluator = _evaluator(request, launched, config, trained)
+        loader = evaluation_loader(launched, request.data)
+        try:
+            yield evaluator, loader
+        finally:
+            loader.close()
+
+
+@contextmanager
+def _modes_kept(model: Any) -> Iterator[None]:
+    """Leave every layer in the mode, training or evaluation, in which it was found."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = {id(module): module.training for module in modules}
+    try:
+        yield
+    finally:
+        for module in model.modules() if modules else ():
+            module.training = before.get(id(module), before[id(model)])
+
+
+def _evaluator(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> Evaluator:
+    run: TrainingRun | EvaluationRun
     if trained is None:
         evaluator, run = _fresh(request, launched, config)
     else:
@@ -89,7 +118,7 @@ def _ready(
         evaluator = replace(evaluator, loss=request.loss)
     if request.metrics:
         evaluator = replace(evaluator, metrics=request.metrics)
-    return evaluator, evaluation_loader(launched, request.data)
+    return evaluator
 
 
 def _fresh(

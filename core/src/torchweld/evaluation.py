@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch
 
 from torchweld import rng
 from torchweld.errors import InvalidArgument, RunError
-from torchweld.facts import named_loss
+from torchweld.facts import check_counts, named_loss
 from torchweld.nesting import move
 
 if TYPE_CHECKING:
@@ -119,11 +119,7 @@ class Evaluator:
                 metric.update(outputs, targets)
                 continue
             result = metric(outputs, targets)
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise InvalidArgument(
-                    f"metric {name!r} returned {type(result).__name__}: a metric is "
-                    "(outputs, targets) -> (sum, count), so that ranks and batches add up exactly"
-                )
+            check_counts(name, result)
             sums[name] = sums[name] + result[0]
             counts[name] = counts[name] + result[1]
 
@@ -188,22 +184,39 @@ def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
             )
 
 
-def bind_forward(prepared_forward: Callable[..., Any]) -> Callable[[Any], tuple[Any, Any]]:
-    """The default step of evaluation: pairs through ``forward(inputs)``, mappings by keyword."""
+def bind_forward(
+    prepared_forward: Callable[..., Any], *, takes_targets: bool = False
+) -> Callable[[Any], tuple[Any, Any]]:
+    """The default step of evaluation: pairs through ``forward(inputs)``, mappings by keyword.
+
+    Args:
+        takes_targets: the model returns its loss, so it is called with whole pairs.
+    """
 
     def forward(batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
             return prepared_forward(**batch), batch
         if isinstance(batch, (tuple, list)):
-            if len(batch) == 2:
-                return prepared_forward(batch[0]), batch[1]
-            raise InvalidArgument(
-                f"a batch is a {type(batch).__name__} of {len(batch)} items: core knows pairs "
-                "(inputs, targets) and mappings; give step= and eval_step= for others"
-            )
+            check_pair(batch)
+            if takes_targets:
+                return prepared_forward(*batch), batch[-1]
+            return prepared_forward(batch[0]), batch[1] if len(batch) == 2 else None
         return prepared_forward(batch), None
 
     return forward
+
+
+def check_pair(batch: Sequence[Any]) -> None:
+    """Refuse a sequence that evaluation cannot read: it has inputs, and targets perhaps.
+
+    Raises:
+        InvalidArgument: says how many items there are.
+    """
+    if len(batch) not in {1, 2}:
+        raise InvalidArgument(
+            f"a batch is a {type(batch).__name__} of {len(batch)} items: evaluation knows pairs "
+            "(inputs, targets) and mappings; give eval_step=(run, batch) -> (outputs, targets)"
+        )
 
 
 def bind_transform(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchweld import rng
-from torchweld.errors import RunError
+from torchweld.errors import InvalidArgument, RunError
 from torchweld.nesting import shapes, tensors
 
 if TYPE_CHECKING:
@@ -74,8 +76,11 @@ def try_first_batch(
     batch: Any,
     forward: Callable[[Any], tuple[Any, Any]],
     loss: Callable[[Any, Any], Any],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    asks_for_soft_targets: bool = False,
 ) -> tuple[dict[str, bool], bool]:
-    """Run the first batch through model and loss without training, and leave no trace.
+    """Run the first batch through model, loss and metrics without training, and leave no trace.
 
     The forward is the training one, without gradients; buffers and random state are put back.
 
@@ -83,26 +88,71 @@ def try_first_batch(
         model: whose buffers the forward may change.
         forward: ``batch -> (outputs, targets)``.
         loss: of the run, without target transforms.
+        metrics: functions are called, objects with a state of their own are not.
+        asks_for_soft_targets: whether anybody needs the ``loss.*`` facts; only then is the loss
+            called with targets that are not the user's.
 
     Returns:
-        The ``loss.*`` facts that could be found out, and whether the loss is a mapping.
+        The facts that could be found out, and whether the loss is a mapping.
 
     Raises:
-        RunError: the loss fails on what the model gives, or is no scalar.
+        RunError: the loss or a metric fails on what the model gives, or is no scalar.
+        InvalidArgument: a metric returns something else than ``(sum, count)``.
     """
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    with torch.no_grad(), rng.preserved():
+    modules = [model, loss] if isinstance(loss, nn.Module) else [model]
+    with torch.no_grad(), rng.preserved(), _buffers_kept(modules):
         prepared.mode(True)
         outputs, targets = forward(batch)
-        try:
-            value = loss(outputs, targets)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise RunError(_loss_failed(outputs, targets, error)) from error
+        value = _call("the loss", loss, outputs, targets)
         check_loss(value)
-        facts = _soft_target_facts(outputs, targets, loss)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for name, metric in (metrics or {}).items():
+            if not hasattr(metric, "update"):
+                check_counts(name, _call(f"metric {name!r}", metric, outputs, targets))
+        facts = _soft_target_facts(outputs, targets, loss) if asks_for_soft_targets else {}
     return facts, isinstance(value, Mapping)
+
+
+@contextmanager
+def _buffers_kept(roots: Sequence[nn.Module]) -> Iterator[None]:
+    """Put every buffer back: the tensor, for code that assigns a new one, and what was in it."""
+    before = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for root in roots
+        for module in root.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in before:
+            module._buffers[name] = buffer
+            if buffer is not None and values is not None:
+                buffer.copy_(values)
+
+
+def _call(what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
+    """Call a user's function; torch's warning of a wrong broadcast counts as a failure."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            return function(outputs, targets)
+    except (RuntimeError, ValueError, TypeError, IndexError, UserWarning) as error:
+        raise RunError(_failed(what, outputs, targets, error)) from error
+
+
+def check_counts(name: str, result: Any) -> None:
+    """Refuse what a metric returned unless it is two numbers.
+
+    Raises:
+        InvalidArgument: names the metric and what it returned.
+    """
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not (pair and all(torch.as_tensor(number).dim() == 0 for number in result)):
+        got = shapes(result) if isinstance(result, (tuple, Tensor)) else type(result).__name__
+        raise InvalidArgument(
+            f"metric {name!r} returned {got}: a metric is (outputs, targets) -> (sum, count), two "
+            "numbers, so that ranks and batches add up exactly"
+        )
 
 
 def check_loss(value: Any) -> Tensor:
@@ -134,18 +184,16 @@ def named_loss(value: Any) -> Any:
     return value if isinstance(value, Tensor) else getattr(value, "loss", value)
 
 
-def _loss_failed(outputs: Any, targets: Any, error: Exception) -> str:
+def _failed(what: str, outputs: Any, targets: Any, error: Exception) -> str:
     hint = ""
     target = next(iter(tensors(targets)), None)
     if target is not None and target.dim() == 2 and target.shape[1] == 1:
-        hint = (
-            "; targets of shape (N, 1): give class indices of shape (N,), e.g. targets.squeeze(1)"
-        )
+        hint = "; targets of shape (N, 1): give them as shape (N,), e.g. targets.squeeze(1)"
     elif target is not None and target.dim() == 0:
         hint = "; a target without a batch dimension"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"the loss failed on the first batch: outputs {shapes(outputs)}, targets {shapes(targets)}: "
+        f"{what} failed on the first batch: outputs {shapes(outputs)}, targets {shapes(targets)}: "
         f"{first}{hint}"
     )
 
@@ -157,7 +205,7 @@ def _soft_target_facts(outputs: Any, targets: Any, loss: Callable[..., Any]) -> 
     one_hot = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
     try:
         soft = named_loss(loss(outputs, one_hot))
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except Exception:  # noqa: BLE001 - the user's loss, with targets that it was not made for
         return {"loss.accepts_soft_targets": False}
     certain = one_hot * 40.0  # cross entropy of the right answer: 4e-18; smoothed by s: 36 s
     smooths = float(named_loss(loss(certain, targets))) > 0.3

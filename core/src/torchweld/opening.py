@@ -19,6 +19,7 @@ from torchweld.computing import (
     with_names,
 )
 from torchweld.errors import InvalidArgument
+from torchweld.evaluation import check_pair
 from torchweld.facts import batch_facts, try_first_batch
 from torchweld.nesting import shapes
 from torchweld.remaking import bind_parts
@@ -119,7 +120,7 @@ def _log_hparams(wiring: Wiring) -> None:
 # ---- the first batch -----------------------------------------------------------------------------
 
 
-def _first_batch(run: TrainingRun, request: FitRequest) -> Compute:
+def _first_batch(run: TrainingRun, request: FitRequest) -> Compute | None:
     """Look at the first batch, decide what is still open, and choose how losses are made.
 
     Raises:
@@ -135,18 +136,31 @@ def _first_batch(run: TrainingRun, request: FitRequest) -> Compute:
     batch = base(batch) if base is not None else batch
     if request.step is not None:
         compute = compute_by_step(request.step, run, wiring.recorder)
+        if request.val_sets and request.eval_step is None and isinstance(batch, (tuple, list)):
+            check_pair(batch)
     else:
-        _check_form(batch)
-        compute, facts = _tried(wiring, batch)
+        if request.own_loop and not (_asks_for_soft_targets(wiring) and _is_pair(batch)):
+            run.plan = plan  # what the body of an own loop makes of a batch is its own affair
+            return None
+        _check_form(wiring, batch)
+        compute, facts = _tried(wiring, request, batch)
         plan = decided(plan, {name: v for name, v in facts.items() if name not in plan.facts})
     run.plan = plan
     return compute
 
 
-def _check_form(batch: Any) -> None:
-    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) == 2):
+def _asks_for_soft_targets(wiring: Wiring) -> bool:
+    return any("loss." in deferred.relation for deferred in wiring.plan.deferred)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+
+def _check_form(wiring: Wiring, batch: Any) -> None:
+    if isinstance(batch, Mapping) or _is_pair(batch):
         return
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, torch.Tensor) and wiring.loss is None:
         return
     size = f" of {len(batch)} items" if hasattr(batch, "__len__") else ""
     raise InvalidArgument(
@@ -155,7 +169,7 @@ def _check_form(batch: Any) -> None:
     )
 
 
-def _tried(wiring: Wiring, batch: Any) -> tuple[Compute, dict[str, bool]]:
+def _tried(wiring: Wiring, request: FitRequest, batch: Any) -> tuple[Compute, dict[str, bool]]:
     """Try model and loss on the first batch; returns how losses are made, and what it told."""
     forward, loss = wiring.prepared.forward, wiring.loss
     transforms = wiring.parts.target_transforms
@@ -169,7 +183,13 @@ def _tried(wiring: Wiring, batch: Any) -> tuple[Compute, dict[str, bool]]:
         make = compute_mappings if isinstance(batch, Mapping) else compute_pairs
         compute = make(forward, loss, transforms)
         facts, named = try_first_batch(
-            wiring.model, wiring.prepared, batch, _trial_forward(wiring), loss
+            wiring.model,
+            wiring.prepared,
+            batch,
+            _trial_forward(wiring),
+            loss,
+            metrics=request.metrics if request.eval_step is None else None,
+            asks_for_soft_targets=_asks_for_soft_targets(wiring),
         )
     return (with_names(compute, wiring.recorder) if named else compute), facts
 

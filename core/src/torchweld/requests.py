@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from torchweld.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class FitRequest:
     init_weights: Any = None
     ckpt_path: str | Path | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
+    own_loop: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work before anything is started.
@@ -64,10 +67,19 @@ class FitRequest:
             raise InvalidArgument(
                 "optimizer=None: give a factory such as functools.partial(torch.optim.SGD, lr=0.1)"
             )
-        for name in ("loss", "step", "eval_step", "lr_scheduler", "param_groups"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise InvalidArgument(f"{name}={value!r} is no function")
+        if self.lr_scheduler is not None and not callable(self.lr_scheduler):
+            raise InvalidArgument(
+                f"lr_scheduler={type(self.lr_scheduler).__name__}(…) belongs to an optimizer made "
+                "before; give a function (optimizer, total_steps) -> scheduler"
+            )
+        check_functions(self, "loss", "step", "eval_step", "param_groups")
+        check_metric_names(self.metrics)
+        _check_loss_parameters(self.loss, self.model)
+
+    @property
+    def model_has_loss(self) -> bool:
+        """Whether the model returns its loss, so that it is called with whole batches."""
+        return self.loss is None and self.step is None and not self.own_loop
 
     @property
     def val_sets(self) -> Mapping[str, Any]:
@@ -75,3 +87,44 @@ class FitRequest:
         if self.val is None:
             return {}
         return dict(self.val) if isinstance(self.val, Mapping) else {"": self.val}
+
+
+def check_functions(request: Any, *names: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        InvalidArgument: names the argument.
+    """
+    for name in names:
+        value = getattr(request, name)
+        if value is not None and not callable(value):
+            raise InvalidArgument(f"{name}={value!r} is no function")
+
+
+def check_metric_names(metrics: Any) -> None:
+    """Refuse metrics that are no mapping, or would hide another value.
+
+    Raises:
+        InvalidArgument: says what to give.
+    """
+    if not isinstance(metrics, Mapping):
+        raise InvalidArgument(
+            f"metrics={metrics!r} has no names: give a mapping such as {{'accuracy': accuracy}}"
+        )
+    if "loss" in metrics:
+        raise InvalidArgument(
+            "metrics={'loss': …}: the loss is measured under this name already; choose another"
+        )
+
+
+def _check_loss_parameters(loss: Any, model: Any) -> None:
+    """Refuse a loss with parameters of its own: no group holds them, so nobody would train them."""
+    if not isinstance(loss, nn.Module) or not isinstance(model, nn.Module):
+        return
+    trained = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in loss.named_parameters():
+        if parameter.requires_grad and id(parameter) not in trained:
+            raise InvalidArgument(
+                f"loss has a trainable parameter {name!r} that is not the model's and would not be "
+                "trained: make the loss a part of the model, which then returns it"
+            )

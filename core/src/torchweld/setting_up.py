@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchweld import rng
 from torchweld.agree import agree_on_model
@@ -203,7 +204,10 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
             handle,
             ready.prepared.evaluate_is_collective,
             ranks,
-            bind_forward(ready.prepared.evaluate),
+            bind_forward(
+                ready.prepared.evaluate,
+                takes_targets=request.model_has_loss,
+            ),
             parts.loss,
             request.metrics,
             transform,
@@ -291,11 +295,19 @@ def _scheduler(request: FitRequest, prepared: Prepared, table: Timetable) -> Any
         return None
     if table.total_steps is None:
         raise InvalidArgument("lr_scheduler= needs to know the number of steps: give max_steps=…")
-    scheduler = request.lr_scheduler(prepared.optimizer, table.total_steps)
+    call = "it is called with (optimizer, total_steps): lambda optimizer, _: StepLR(optimizer, 30)"
+    try:
+        scheduler = request.lr_scheduler(prepared.optimizer, table.total_steps)
+    except TypeError as error:
+        raise InvalidArgument(f"lr_scheduler cannot be made ({error}): {call}") from error
     if not hasattr(scheduler, "step"):
         raise InvalidArgument(
-            f"lr_scheduler returned {type(scheduler).__name__}, which has no step(): it is called with "
-            "(optimizer, total_steps) and returns a scheduler"
+            f"lr_scheduler returned {type(scheduler).__name__}, which has no step(): {call}"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise InvalidArgument(
+            "lr_scheduler returned ReduceLROnPlateau, which needs a metric, and schedules are "
+            "stepped after each optimizer step: choose another, or call it in a callback"
         )
     return scheduler
 

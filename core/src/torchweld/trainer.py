@@ -241,7 +241,7 @@ class Trainer:
         """
         request = FitRequest(
             model, train, val, loss, None, eval_step, metrics or {}, optimizer, lr_scheduler,
-            param_groups, init_weights, ckpt_path, hparams or {},
+            param_groups, init_weights, ckpt_path, hparams or {}, own_loop=True,
         )  # fmt: skip
         with ExitStack() as stack:
             run, _ = stack.enter_context(self._opened(request))
