@@ -9,11 +9,13 @@ from torchweld.testing.data import DataSourceConformance
 from torchweld.testing.processes import RanksFailed, run_ranks, spawn_ranks
 from torchweld.testing.registry import empty_registry
 from torchweld.testing.strategy import StrategyConformance
+from torchweld.testing.surgery import SurgeryConformance
 
 __all__ = [
     "DataSourceConformance",
     "RanksFailed",
     "StrategyConformance",
+    "SurgeryConformance",
     "empty_registry",
     "run_ranks",
     "spawn_ranks",
