@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
     from torchweld.run import TrainingRun
 
-_STEPPED, _HANDED_OUT, _BACKWARD_DONE = range(3)
+_STEPPED, _HANDED_OUT, _BACKWARD_BEGUN, _BACKWARD_DONE = range(4)
 _END = object()
+_FAILED = (
+    "run.backward(loss) failed and left a part of its gradients, which would be added to the next: "
+    "the run cannot go on after it"
+)
 
 
 class OwnLoop:
@@ -105,6 +109,8 @@ class OwnLoop:
                 "and run.step() before the next one is read (a prefetcher around run.batches(), a "
                 "`continue` or a `break` before them leaves one out)"
             )
+        if self._state == _BACKWARD_BEGUN:
+            raise LoopError(_FAILED)
         if self._state == _BACKWARD_DONE:
             raise LoopError(
                 "run.step() is missing after run.backward(loss): call it once for every batch, also "
@@ -118,14 +124,18 @@ class OwnLoop:
             LoopError: there is no batch, or it had its backward already.
         """
         if self._state != _HANDED_OUT:
-            raise LoopError(
-                "run.backward(loss) was called twice for one batch: add the losses up and call it once"
-                if self._state == _BACKWARD_DONE
-                else "run.backward(loss) was called without a new batch of run.batches()"
-            )
+            raise LoopError(self._wrong_backward())
+        self._state = _BACKWARD_BEGUN
         self._backward(loss if self._weight == 1.0 else loss * self._weight)
         self._state = _BACKWARD_DONE
         self._losses.append(loss.detach())
+
+    def _wrong_backward(self) -> str:
+        if self._state == _BACKWARD_BEGUN:
+            return _FAILED
+        if self._state == _BACKWARD_DONE:
+            return "run.backward(loss) was called twice for one batch: add the losses up before it"
+        return "run.backward(loss) was called without a new batch of run.batches()"
 
     def step(self) -> None:
         """The optimizer step at the end of a window; inside one it only counts.
