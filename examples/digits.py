@@ -24,22 +24,24 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import TensorDataset, random_split
+from torch.utils.data import Subset, TensorDataset, random_split
 
 from torchweld import Trainer, apply_surgery, use
 from torchweld.interfaces import Border, Result, Run
+
+Images = Subset[tuple[Tensor, ...]]
 
 # The order does not matter: the plan finds the right one, and says why.
 SURGERY = ["label_smoothing", "channels_last", use("cutmix", alpha=0.5), "blurpool"]
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset]:
+def load_data() -> tuple[Images, Images]:
     """1 797 images of 1 x 8 x 8, split into training and validation, alike on every process."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     data = TensorDataset(images, torch.tensor(digits.target))
     train, val = random_split(data, [1437, 360], generator=torch.Generator().manual_seed(0))
-    return train, val  # type: ignore[return-value]  # subsets behave like their dataset here
+    return train, val
 
 
 def make_model() -> nn.Module:
@@ -87,7 +89,7 @@ def make_trainer(epochs: int, root: Path, callbacks: Sequence[Interruption] = ()
     )
 
 
-def fit(trainer: Trainer, train: TensorDataset, val: TensorDataset, **more: str) -> Result:
+def fit(trainer: Trainer, train: Images, val: Images, ckpt_path: str | None = None) -> Result:
     """Train, from the start or from a checkpoint."""
     return trainer.fit(
         make_model(),
@@ -97,7 +99,7 @@ def fit(trainer: Trainer, train: TensorDataset, val: TensorDataset, **more: str)
         metrics={"accuracy": accuracy},
         optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler=one_cycle,
-        **more,
+        ckpt_path=ckpt_path,
     )
 
 
@@ -119,7 +121,8 @@ def main() -> None:
     weights = trainer.export(root / "digits.safetensors")
     model = apply_surgery(make_model(), SURGERY)
     model.load_state_dict(load_file(weights))
-    right = sum(int(accuracy(model.eval()(x[None]), torch.tensor([y]))[0]) for x, y in val)
+    images, targets = zip(*(val[i] for i in range(len(val))), strict=True)
+    right, _ = accuracy(model.eval()(torch.stack(images)), torch.stack(targets))
     say(f"validation accuracy {result.metrics['val_accuracy']:.3f}")
     say(f"of the exported weights in a new model {right / len(val):.3f}")
     say(f"weights: {weights}   logs: tensorboard --logdir {root}")

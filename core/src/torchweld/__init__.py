@@ -1,4 +1,4 @@
-"""torchweld: training speed-ups as plugins, checked together, in a loop as fast as plain PyTorch."""
+"""Training speed-ups as plugins, checked together, in a loop as fast as plain PyTorch."""
 
 from __future__ import annotations
 

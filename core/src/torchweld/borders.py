@@ -47,7 +47,7 @@ class Borders:
         """The next steps at which callbacks, or the bar, want a border."""
         progress = self._run.progress
         callbacks = (c for c in self._wiring.callbacks if hasattr(c, "next_due"))
-        due = [c.next_due(progress) for c in callbacks]  # type: ignore[attr-defined]  # just seen
+        due = [c.next_due(progress) for c in callbacks]
         self._marks = {mark for mark in due if mark is not None}
         return [*due, self._wiring.console.next_refresh(progress.step)]
 
@@ -160,7 +160,7 @@ class Borders:
                     f"{token!r}: processes would drift apart without a word; do it before training"
                 )
 
-    # ---- validation --------------------------------------------------------------------------------
+    # ---- validation ------------------------------------------------------------------------
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
         """Evaluate on ``data`` (plain names), or on ``val=`` (names as logged)."""
@@ -206,7 +206,7 @@ class Borders:
         return next((f"checkpoint {p.name}" for p in saved if p is not None and p.name == step), "")
 
     def finish(self) -> None:
-        """The border after the last step: validation if it was not just done, then the callbacks."""
+        """The border after the last step: validation if it is due, then the callbacks."""
         if self._finished:
             return
         validation, step = self._wiring.validation, self._run.position.step

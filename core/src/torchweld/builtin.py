@@ -30,7 +30,7 @@ _CASTS = {
 }
 
 
-def _single_claims(options: Any, settings: Settings) -> Claims:
+def _single_claims(_options: Any, settings: Settings) -> Claims:
     return Claims(
         provides=(
             *_ALWAYS,

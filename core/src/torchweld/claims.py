@@ -42,7 +42,7 @@ Rels = Union[str, Rel, Iterable[Union[str, Rel]]]
 def relations(value: Rels) -> tuple[Rel, ...]:
     """Return ``value`` as a tuple of relations: a name, a ``Rel`` or a sequence of both.
 
-    A forgotten comma, ``(Rel(...))``, is a plain ``Rel``, and ``("x")`` a plain string: both mean one.
+    A forgotten comma makes ``(Rel(...))`` a plain ``Rel`` and ``("x")`` a plain string: one each.
     """
     items: Iterable[str | Rel] = (value,) if isinstance(value, (str, Rel)) else value
     return tuple(Rel(item) if isinstance(item, str) else item for item in items)

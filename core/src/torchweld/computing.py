@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from torchweld.facts import check_loss, named_loss
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from torchweld.recorder import Recorder
 
 Transforms = tuple[Callable[[Any, Any], Any], ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ class Console:
         self._wants_bar = bar and not self._quiet
         self._moves = self._wants_bar and sys.stderr.isatty()
         self._held: list[str] | None = []  # lines of the set-up, until the first line is known
-        self._bar: tqdm[object] | None = None
+        self._bar: tqdm[Any] | None = None
         self._table: Timetable | None = None
         self._rate = 0.0  # steps a second, as of the last border
         self._last = (0.0, 0)

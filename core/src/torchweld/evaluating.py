@@ -146,6 +146,6 @@ def _fresh(
     return evaluator, EvaluationRun(handle, env, launched.plan)
 
 
-def _no_loss(outputs: Any, targets: Any) -> Any:
+def _no_loss(_outputs: Any, _targets: Any) -> Any:
     """Stands for the loss that training would have, so that surgeries of it can be planned."""
     raise InvalidArgument("evaluate() was given no loss=")

@@ -180,7 +180,7 @@ def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
         if is_object and world_size > 1 and not hasattr(metric, "sync"):
             raise InvalidArgument(
                 f"metric {name!r} ({type(metric).__name__}) has no sync(): its value would be each "
-                f"process's own over {world_size} processes; give (outputs, targets) -> (sum, count)"
+                f"process's own over {world_size}; give (outputs, targets) -> (sum, count)"
             )
 
 

@@ -29,6 +29,7 @@ class Handle:
         self._prepared = prepared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the forward of the mode that the model is in."""
         return self._forward(*args, **kwargs)
 
     def mode(self, train: bool) -> None:

@@ -68,7 +68,7 @@ class RunFacts:
 
 
 class Bindable(Protocol):
-    """A transform, after-step or callback that needs the prepared run; bound once, before step 1."""
+    """A transform, after-step or callback that needs the run; bound once, before step 1."""
 
     def bind(self, run: Run) -> Any:
         """Return the callable to use in this run."""
@@ -80,11 +80,12 @@ class Parts:
 
     Attributes:
         model: on the CPU or in the strategy's ``init_context``, not wrapped, no optimizer yet.
-        loss: ``(outputs, targets) -> scalar`` or a mapping with ``"loss"``; None: the model's, or ``step=``.
+        loss: ``(outputs, targets) -> scalar`` or a mapping with ``"loss"``; None: the model's, or
+            ``step=``.
         sample_transforms: handed to the data source; training only.
         input_transforms: on the device, ``inputs -> inputs``; training, evaluation and prediction.
         batch_transforms: on the device, ``batch -> batch``; training only.
-        target_transforms: ``(outputs, targets) -> targets``; training only, a pipeline in plan order.
+        target_transforms: ``(outputs, targets) -> targets``; training only, in plan order.
         param_groups: rule for the optimizer's groups.
         optimizer: factory, called once after wrapping.
         optimizer_wrappers: ``optimizer -> optimizer``, in plan order (SAM and its kind).
@@ -116,7 +117,7 @@ class Surgery(Protocol):
 
 @dataclass(frozen=True)
 class SetupRequest:
-    """All that a strategy needs beside the model; ``optimizer=None`` prepares for evaluation only."""
+    """All that a strategy needs beside the model; without an optimizer, for evaluation only."""
 
     groups: Sequence[ParamGroup]
     optimizer: OptimizerFactory | None
@@ -311,7 +312,7 @@ class Border:
 
 
 class Callback(Protocol):
-    """Only ``at`` is needed; ``next_due(progress) -> step`` and ``state_dict`` are used if there."""
+    """Only ``at`` is needed; ``next_due(progress) -> step`` and ``state_dict`` where they exist."""
 
     def at(self, border: Border, run: Run) -> None:
         """Act at a border; every rank calls it."""
@@ -327,15 +328,19 @@ class Logger(Protocol):
 class ModelHandle(Protocol):
     """One of the run's models. Calling it is forward."""
 
-    optimizer: Optimizer | None
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose ``param_groups`` decide the next step."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The prepared forward."""
 
-    def backward(self, loss: Tensor) -> None:
+    @property
+    def backward(self) -> Callable[[Tensor], None]:
         """Gradients of this model's parameters, scaled by the window."""
 
-    def step(self) -> None:
+    @property
+    def step(self) -> Callable[[], None]:
         """Nothing inside an accumulation window."""
 
     def alone(self) -> AbstractContextManager[None]:
@@ -348,22 +353,40 @@ class ModelHandle(Protocol):
 class Run(Protocol):
     """The own-loop door: whatever fit does is here under a name, and fit is written with it."""
 
-    models: Mapping[str, ModelHandle]
-    model: ModelHandle
-    plan: Plan
-    progress: Progress
-    env: Env
+    @property
+    def models(self) -> Mapping[str, ModelHandle]:
+        """By name; ``"model"`` where there is one."""
 
-    def batches(self) -> Iterator[Batch]:
+    @property
+    def model(self) -> ModelHandle:
+        """The only one, where there is one."""
+
+    @property
+    def plan(self) -> Plan:
+        """With the facts of fit."""
+
+    @property
+    def progress(self) -> Progress:
+        """Counts up to now."""
+
+    @property
+    def env(self) -> Env:
+        """This process among the others."""
+
+    @property
+    def batches(self) -> Callable[[], Iterator[Batch]]:
         """Up to max_epochs or max_steps, transforms applied; between two the border work."""
 
-    def loss(self, outputs: Any, targets: Any) -> Any:
+    @property
+    def loss(self) -> Callable[[Any, Any], Any]:
         """Target transforms, then the loss."""
 
-    def backward(self, loss: Tensor) -> None:
+    @property
+    def backward(self) -> Callable[[Tensor], None]:
         """Once a batch."""
 
-    def step(self) -> None:
+    @property
+    def step(self) -> Callable[[], None]:
         """Once a batch, after backward."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -378,7 +401,7 @@ class Run(Protocol):
     def save(self) -> Path:
         """Write a checkpoint now; an error inside an accumulation window."""
 
-    def export(self, path: Path) -> None:
+    def export(self, path: str | Path) -> Path:
         """Write the consolidated weights."""
 
     def stop(self) -> None:

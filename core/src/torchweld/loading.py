@@ -61,8 +61,8 @@ def make_timetable(
         )
     if num_batches == 0:
         raise InvalidArgument(
-            f"an epoch has no batch on each of {ranks.world_size} processes: the data is smaller than "
-            "a batch and drop_last=True leaves it out; use a smaller batch_size"
+            f"an epoch has no batch on each of {ranks.world_size} processes: the data is smaller "
+            "than a batch and drop_last=True leaves it out; use a smaller batch_size"
         )
     endless = duration.max_epochs is None and duration.max_steps is None
     table = Timetable(
@@ -82,7 +82,8 @@ def _limited(loader: Loader, duration: Duration) -> int | None:
     if loader.num_batches is None:
         if isinstance(limit, float):
             raise InvalidArgument(
-                f"limit_train_batches={limit} is a fraction, and the data has no length: give a count"
+                f"limit_train_batches={limit} is a fraction, and the data has no length: "
+                "give a count"
             )
         return limit
     if limit is None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]  # generated
+    Summary,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -23,7 +25,7 @@ class TensorBoardLogger:
         ``add_scalar`` writes an event for each, which took most of the time of a border.
         """
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.file_writer.add_summary(Summary(value=values), step)
+        self._writer._get_file_writer().add_summary(Summary(value=values), step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Write the run's hyper-parameters as text."""

@@ -1,4 +1,4 @@
-"""The last part of the set-up: bind, resume, look at the first batch, choose how losses are made."""
+"""The last part of the set-up: bind, resume, try the first batch, choose how losses are made."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ class FitRequest:
         """
         if isinstance(self.model, Mapping):
             raise InvalidArgument(
-                "several models in one run are not supported yet: give one nn.Module, or a function "
-                "that returns one"
+                "several models in one run are not supported yet: give one nn.Module, or a "
+                "function that returns one"
             )
         if self.train is None:
             raise InvalidArgument(

@@ -101,7 +101,7 @@ class TrainingRun:
         )
 
     def train(self, compute: Callable[[Any], Tensor]) -> None:
-        """Run to the end: inner loop, border, inner loop, …
+        """Run to the end: inner loop, border, inner loop, and so on.
 
         Args:
             compute: ``batch -> loss``.
@@ -190,7 +190,7 @@ def _bind_loss(wiring: Wiring) -> Callable[[Any, Any], Any]:
     """The loss itself where nothing comes before it."""
     loss, transforms = wiring.loss, wiring.parts.target_transforms
 
-    def missing(outputs: Any, targets: Any) -> Any:
+    def missing(_outputs: Any, _targets: Any) -> Any:
         raise InvalidArgument("run.loss was called, but no loss= was given")
 
     def transformed(outputs: Any, targets: Any) -> Any:

@@ -39,8 +39,8 @@ def save_run(run: TrainingRun) -> Path:
     wiring, position = run.wiring, run.position
     if wiring.directory is None:
         raise CheckpointError(
-            "this run writes nothing (enable_checkpointing=False or barebones=True): leave that out "
-            "to save a checkpoint"
+            "this run writes nothing (enable_checkpointing=False or barebones=True): leave that "
+            "out to save a checkpoint"
         )
     state, tensors = _rank_state(run)
     path = write(
@@ -162,7 +162,8 @@ def _find(wiring: Wiring, ckpt_path: str, monitored: tuple[str, str] | None) -> 
     if ckpt_path == "best":
         if monitored is None:
             raise InvalidArgument(
-                "ckpt_path='best' needs to know by what: callbacks=[ModelCheckpoint(monitor='val_loss')]"
+                "ckpt_path='best' needs to know by what: "
+                "callbacks=[ModelCheckpoint(monitor='val_loss')]"
             )
         path, skipped = best(wiring.root, *monitored, wiring.model_digest)  # type: ignore[arg-type]  # the mode was checked
     else:
@@ -182,7 +183,8 @@ def _check_model(wiring: Wiring, checkpoint: Checkpoint) -> None:
         surgeries = checkpoint.header.get("surgeries", [])
         raise CheckpointError(
             f"{checkpoint.path} was made of another model (names, shapes or dtypes differ): its "
-            f"surgeries were {surgeries}, this plan's are {[c.name for c in wiring.plan.surgeries]}; "
+            f"surgeries were {surgeries}, this plan's "
+            f"{[c.name for c in wiring.plan.surgeries]}; "
             f"see: torchweld inspect {checkpoint.path}"
         )
 

@@ -1,4 +1,4 @@
-"""From a model and data to a run, in one fixed order: launch, seed, model, surgery, data, strategy."""
+"""From a model and data to a run, in one fixed order: seed, model, surgery, data, strategy."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def decided(plan: Plan, facts: Mapping[str, bool]) -> Plan:
     return after
 
 
-# ---- the strategy and the optimizer ----------------------------------------------------------------
+# ---- the strategy and the optimizer ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _groups(parts: Parts, provides: frozenset[str], console: Console) -> list[Pa
     return groups
 
 
-# ---- the run --------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------
 
 
 def wire(launched: Launched, request: FitRequest, config: Config, console: Console) -> Wiring:
@@ -328,8 +328,8 @@ def _directory(launched: Launched, config: Config) -> Path | None:
     answer = ranks.exchange("run directory", made)[0]
     if answer.startswith("cannot"):
         raise CheckpointError(
-            f"default_root_dir={str(extras.root)!r} {answer}: choose another, or write nothing with "
-            "enable_checkpointing=False, logger=False"
+            f"default_root_dir={str(extras.root)!r} {answer}: choose another, or write nothing "
+            "with enable_checkpointing=False, logger=False"
         )
     return Path(answer)
 

@@ -305,7 +305,7 @@ class Trainer:
         eval_step: Any = None,
         init_weights: Any = None,
     ) -> list[Any]:
-        """Return this rank's outputs over ``data``, in order, batch by batch; every rank calls it."""
+        """Return this rank's outputs, in order, batch by batch; every rank calls it."""
         request = EvaluationRequest(model, data, None, eval_step, {}, init_weights)
         return predict_model(request, self._launch(), self._config, self._trained(model))
 
@@ -354,7 +354,7 @@ _ANY_TRAINING = {
 }
 
 
-def _positive(name: str, value: int) -> int:
+def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1")
     return value

@@ -48,7 +48,7 @@ class DdpStrategy:
             return prepare_replicated(model, request, wrapped=model, window=None)
         wrapped = self._wrap(model, request.env)
 
-        def exchange_in_last(last: bool, size: int) -> None:
+        def exchange_in_last(last: bool, _size: int) -> None:
             # What no_sync() sets; it has to be right before forward, where DDP decides.
             wrapped.require_backward_grad_sync = last
 

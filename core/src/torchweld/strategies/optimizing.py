@@ -68,7 +68,7 @@ class OptimizerStep:
                 act()
             return loss
 
-        self.optimizer.step(evaluate)
+        self.optimizer.step(evaluate)  # type: ignore[arg-type]  # torch says float, takes tensors
         self.optimizer.zero_grad()
         return True
 
