@@ -92,7 +92,7 @@ def make_trainer(epochs: int, root: Path, callbacks: Sequence[Interruption] = ()
 def fit(trainer: Trainer, train: Images, val: Images, ckpt_path: str | None = None) -> Result:
     """Train, from the start or from a checkpoint."""
     return trainer.fit(
-        make_model(),
+        make_model,  # a function is called after seeding, so every run starts alike
         train,
         val,
         loss=F.cross_entropy,
