@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -280,7 +280,7 @@ def _clone(
 ) -> DataLoader[Any]:
     """The same DataLoader over another dataset or other batches."""
     iterable = isinstance(loader.dataset, IterableDataset)
-    arguments: Mapping[str, Any] = {
+    arguments: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
@@ -291,11 +291,13 @@ def _clone(
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
     }
-    if iterable or (batch_sampler is None and loader.batch_sampler is None):
-        shape: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        if not iterable:
-            shape = {"batch_size": None, "sampler": loader.sampler}
-        return DataLoader(dataset or loader.dataset, **shape, **arguments)
-    return DataLoader(
-        dataset or loader.dataset, batch_sampler=batch_sampler or loader.batch_sampler, **arguments
-    )
+    # Not by truth: a dataset or a batch sampler of no length is false, or has no truth at all.
+    dataset = loader.dataset if dataset is None else dataset
+    batch_sampler = loader.batch_sampler if batch_sampler is None else batch_sampler
+    if iterable:
+        arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    elif batch_sampler is None:
+        arguments |= {"batch_size": None, "sampler": loader.sampler}
+    else:
+        arguments["batch_sampler"] = batch_sampler
+    return DataLoader(dataset, **arguments)
