@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from torchweld.errors import RankFailed, RankMissing, RunError
+from torchweld.errors import PluginError, RankFailed, RankMissing, RunError
 from torchweld.watching import Watch, left_key, process_mark
 
 if TYPE_CHECKING:
@@ -217,6 +217,8 @@ def missing(late: list[int], world_size: int, label: str, seconds: float) -> Ran
 
 def _is_lost_contact(error: BaseException) -> bool:
     """Whether ``error`` says that another process is not there any more, and not why."""
+    if isinstance(error, PluginError) and error.__cause__ is not None:
+        error = error.__cause__  # a strategy was talking to it
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchweld.agree import agree_on_plan
 from torchweld.errors import InvalidArgument, PluginError, TorchweldError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torchweld.components import Chosen
     from torchweld.interfaces import DataSource, Strategy
     from torchweld.plan import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _import_all(plan: Plan) -> TorchweldError | None:
     state = random.getstate()
     try:
         for chosen in plan.order:
-            _guarded(chosen, "imported", chosen.load)
+            guarded(chosen, "imported", chosen.load)
     except TorchweldError as error:
         return error
     finally:
@@ -83,13 +86,19 @@ def build(chosen: Chosen | None) -> Any:
         PluginError: the component's code raised.
     """
     assert chosen is not None, "a plan without errors has a strategy and a data source"
-    return _guarded(chosen, "built", chosen.make)
+    return guarded(chosen, "built", chosen.make)
 
 
-def _guarded(chosen: Chosen, doing: str, work: Any) -> Any:
+def guarded(chosen: Chosen | None, doing: str, work: Callable[[], T]) -> T:
+    """Return ``work()``, which is the code of a component.
+
+    Raises:
+        PluginError: it raised something that is not torchweld's own; names the component.
+    """
+    assert chosen is not None, "as in build"
     try:
         return work()
-    except InvalidArgument:
+    except TorchweldError:
         raise
     except Exception as error:
         origin = chosen.origin

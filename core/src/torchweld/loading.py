@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchweld.agree import smallest
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import LoaderRequest, RunFacts
+from torchweld.launching import guarded
 from torchweld.timetable import Timetable
 from torchweld.wiring import Validation
 
@@ -28,13 +29,14 @@ def train_loader(launched: Launched, data: Any, parts: Parts, seed: int) -> Load
         seed=seed,
         sample_transforms=parts.sample_transforms,
     )
-    return launched.data.build(request)
+    return guarded(launched.plan.data, "opened", lambda: launched.data.build(request))
 
 
 def evaluation_loader(launched: Launched, data: Any) -> Loader:
     """Make a loader for validation, evaluation or prediction."""
     request = LoaderRequest(data=data, train=False, env=launched.ranks.env, seed=0)
-    return launched.val_data.build(request)
+    chosen = launched.plan.val_data or launched.plan.data
+    return guarded(chosen, "opened", lambda: launched.val_data.build(request))
 
 
 def validation(launched: Launched, sets: Mapping[str, Any], duration: Duration) -> Validation:

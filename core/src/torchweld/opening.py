@@ -18,7 +18,7 @@ from torchweld.computing import (
     compute_pairs,
     with_names,
 )
-from torchweld.errors import InvalidArgument
+from torchweld.errors import InvalidArgument, RunError
 from torchweld.evaluation import check_pair
 from torchweld.facts import batch_facts, try_first_batch
 from torchweld.nesting import shapes
@@ -175,7 +175,7 @@ def _tried(wiring: Wiring, request: FitRequest, batch: Any) -> tuple[Compute, di
     transforms = wiring.parts.target_transforms
     if loss is None:
         compute = compute_by_model(forward, batch)
-        trial = compute_by_model(wiring.prepared.evaluate, batch)
+        trial = _whole_batches(compute_by_model(wiring.prepared.evaluate, batch))
         facts, named = try_first_batch(
             wiring.model, wiring.prepared, batch, lambda b: (trial(b), None), lambda out, _: out
         )
@@ -192,6 +192,19 @@ def _tried(wiring: Wiring, request: FitRequest, batch: Any) -> tuple[Compute, di
             asks_for_soft_targets=_asks_for_soft_targets(wiring),
         )
     return (with_names(compute, wiring.recorder) if named else compute), facts
+
+
+def _whole_batches(compute: Compute) -> Compute:
+    def tried(batch: Any) -> Any:
+        try:
+            return compute(batch)
+        except TypeError as error:
+            raise RunError(
+                "loss=None, so the model is called with the whole batch and has to return its "
+                f"loss: {error}; give loss=(outputs, targets) -> scalar"
+            ) from error
+
+    return tried
 
 
 def _trial_forward(wiring: Wiring) -> Callable[[Any], tuple[Any, Any]]:

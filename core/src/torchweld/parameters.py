@@ -128,6 +128,25 @@ def _rebinding(optimizer: Optimizer) -> OptimizerFactory:
     return bind
 
 
+def checked_factory(factory: OptimizerFactory) -> OptimizerFactory:
+    """Return ``factory`` with errors that say who made what; called by strategies."""
+
+    def make(groups: list[ParamGroup]) -> Optimizer:
+        try:
+            made = factory(groups)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(
+                f"optimizer= cannot be made of the parameter groups ({error}): give {_FACTORY}"
+            ) from error
+        if not hasattr(made, "param_groups"):
+            raise InvalidArgument(
+                f"optimizer= returned {type(made).__name__}, no optimizer: give {_FACTORY}"
+            )
+        return made
+
+    return make
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from torchweld.facts import loss_facts, model_facts
 from torchweld.feed import Feed
 from torchweld.handle import Handle
 from torchweld.interfaces import Parts, SetupRequest
-from torchweld.launching import Launched, build
+from torchweld.launching import Launched, build, guarded
 from torchweld.loading import (
     evaluation_loader,
     make_timetable,
@@ -36,6 +36,7 @@ from torchweld.parameters import (
     check_groups,
     check_materialised,
     check_trained,
+    checked_factory,
     make_groups,
     model_digest,
     model_lines,
@@ -128,16 +129,16 @@ def set_up(remade: Remade, console: Console) -> Ready:
     launched, parts = remade.launched, remade.parts
     provides = strategy_tokens(launched.plan)
     groups = _groups(parts, provides, console) if parts.optimizer is not None else []
-    prepared = launched.strategy.setup(
-        parts.model,
-        SetupRequest(
-            groups=groups,
-            optimizer=parts.optimizer,
-            optimizer_wrappers=parts.optimizer_wrappers,
-            grad_transforms=parts.grad_transforms,
-            env=launched.ranks.env,
-            settings=launched.plan.settings,
-        ),
+    request = SetupRequest(
+        groups=groups,
+        optimizer=None if parts.optimizer is None else checked_factory(parts.optimizer),
+        optimizer_wrappers=parts.optimizer_wrappers,
+        grad_transforms=parts.grad_transforms,
+        env=launched.ranks.env,
+        settings=launched.plan.settings,
+    )
+    prepared = guarded(
+        launched.plan.strategy, "set up", lambda: launched.strategy.setup(parts.model, request)
     )
     names = [group["names"] for group in groups]
     # Without "params.writable" the optimizer may hold copies, which only the strategy can compare.
