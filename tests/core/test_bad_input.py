@@ -80,7 +80,7 @@ FIT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "returned NoneType, no optimizer",
     ),
     "optimizer with a wrong option": (
-        {"optimizer": lambda groups: SGD(groups, learning_rate=0.1)},
+        {"optimizer": lambda groups: SGD(groups, learning_rate=0.1)},  # type: ignore[call-arg]  # wrong
         InvalidArgument,
         "optimizer= cannot be made.*'learning_rate'",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torchweld import Trainer, use
 from torchweld.testing import empty_registry
+
+M = TypeVar("M", bound=nn.Module)
 
 BATCH = 4
 SGD_FACTORY = partial(SGD, lr=0.1, momentum=0.9)
@@ -31,13 +33,13 @@ def make_loader(num_samples: int = 24, **options: Any) -> DataLoader[Any]:
     return DataLoader(make_data(num_samples), BATCH, **options)
 
 
-def make_model() -> nn.Module:
+def make_model() -> nn.Sequential:
     """Deterministic: what it trains depends on the batches only."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def make_net() -> nn.Module:
+def make_net() -> nn.Sequential:
     """BatchNorm and dropout: state of its own, and random numbers in every forward."""
     torch.manual_seed(1)
     return nn.Sequential(
@@ -75,7 +77,7 @@ def fit(model: nn.Module, train: Any, val: Any = None, *, settings: Any = None, 
     return make_trainer(**(settings or {})).fit(model, train, val, **arguments(**more))
 
 
-def train_by_hand(model: nn.Module, windows: Iterable[list[Any]]) -> nn.Module:
+def train_by_hand(model: M, windows: Iterable[list[Any]]) -> M:
     """One step for each list of batches, their gradients averaged."""
     optimizer = SGD_FACTORY(model.parameters())
     model.train()
