@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from torchweld.console import Console
 from torchweld.errors import InvalidArgument
 from torchweld.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
@@ -79,25 +77,12 @@ def _ready(
     check_functions(request, "loss", "eval_step")
     check_metric_names(request.metrics)
     check_metrics(request.metrics, launched.ranks.world_size)
-    with _modes_kept(request.model if trained is None else trained.wiring.model):
-        evaluator = _evaluator(request, launched, config, trained)
-        loader = evaluation_loader(launched, request.data)
-        try:
-            yield evaluator, loader
-        finally:
-            loader.close()
-
-
-@contextmanager
-def _modes_kept(model: Any) -> Iterator[None]:
-    """Leave every layer in the mode, training or evaluation, in which it was found."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    before = {id(module): module.training for module in modules}
+    evaluator = _evaluator(request, launched, config, trained)
+    loader = evaluation_loader(launched, request.data)
     try:
-        yield
+        yield evaluator, loader
     finally:
-        for module in model.modules() if modules else ():
-            module.training = before.get(id(module), before[id(model)])
+        loader.close()
 
 
 def _evaluator(
@@ -142,6 +127,7 @@ def _fresh(
         request.loss,
         request.metrics,
         bind_transform(env.device, False, remade.parts.input_transforms),
+        remade.parts.model,
     )
     return evaluator, EvaluationRun(handle, env, launched.plan)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torchweld import rng
 from torchweld.errors import InvalidArgument, RunError
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from torchweld.handle import Handle
     from torchweld.interfaces import Loader, Metric
     from torchweld.ranks import Ranks
+
+
+_SAMPLES = " samples"  # no name that a metric can have
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Evaluator:
         loss: ``(outputs, targets) -> loss``, or None where only the model knows it.
         metrics: name to callable or metric object.
         transform: moves a batch to the device and applies the input transforms.
+        model: whose layers are in evaluation meanwhile, each back in its own mode afterwards.
     """
 
     handle: Handle
@@ -40,6 +46,7 @@ class Evaluator:
     loss: Callable[[Any, Any], Any] | None
     metrics: Mapping[str, Metric]
     transform: Callable[[Any], Any] | None
+    model: nn.Module
 
     def evaluate(self, loader: Loader, *, limit: int | None = None) -> dict[str, float]:
         """Return ``loss`` and every metric over ``loader``, equal on all ranks.
@@ -50,7 +57,7 @@ class Evaluator:
         Raises:
             RunError: the loader had nothing to read.
         """
-        with rng.preserved(), evaluating(self.handle):
+        with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
             loader.set_epoch(0)
             sums, counts = self._sums(islice(self._in_step(loader), limit), loader)
             result = self._reduce(sums, counts)
@@ -60,7 +67,7 @@ class Evaluator:
     def predict(self, loader: Loader) -> list[Any]:
         """Return this rank's outputs, batch by batch, in order; every rank must call it."""
         outputs: list[Any] = []
-        with rng.preserved(), evaluating(self.handle):
+        with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
             loader.set_epoch(0)
             for batch in self._in_step(loader):
                 result = self.forward(self._prepared_batch(batch))[0]
@@ -91,9 +98,11 @@ class Evaluator:
             else:
                 sums[name], counts[name] = 0.0, 0.0
         sums["loss"], counts["loss"] = 0.0, 0
+        sums[_SAMPLES], counts[_SAMPLES] = 0, 0
         for batch in batches:
             samples = loader.samples(batch)
             outputs, targets = self.forward(self._prepared_batch(batch))
+            counts[_SAMPLES] += samples
             if samples == 0:  # only there to keep the ranks in step
                 continue
             loss = self._loss(outputs, targets)
@@ -136,13 +145,24 @@ class Evaluator:
         )
         totals = self.ranks.sum(table).tolist()
         pairs = {n: (totals[2 * i], totals[2 * i + 1]) for i, n in enumerate(names)}
-        if pairs["loss"][1] == 0 and self.loss is not None:
-            raise RunError("evaluation read no sample: the data is empty, or limit_val_batches=0")
+        if pairs.pop(_SAMPLES)[1] == 0:
+            raise RunError("evaluation read no sample: the data is empty, or was read before")
         return {n: total / count for n, (total, count) in pairs.items() if count}
 
     def _computed(self) -> dict[str, float]:
         objects = {n: m for n, m in self.metrics.items() if hasattr(m, "compute")}
         return {n: float(metric.compute()) for n, metric in objects.items()}
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave every layer in the mode in which it was found, a frozen BatchNorm in evaluation."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 class evaluating:

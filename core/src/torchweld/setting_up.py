@@ -212,6 +212,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
             parts.loss,
             request.metrics,
             transform,
+            parts.model,
         ),
         validation=validation(launched, request.val_sets, config.duration),
         scheduler=scheduler,
