@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,18 @@ def test_stop_ends_the_loop_at_the_next_border() -> None:
                 run.stop()
 
     assert run.progress.step == 4
+
+
+def test_stop_ends_an_endless_stream_that_has_no_other_border() -> None:
+    batch = next(iter(make_loader()))
+
+    with prepared(train=repeat(batch), max_epochs=None, max_steps=3000) as run:
+        for count, each in enumerate(run.batches(), start=1):
+            learn(run, each)
+            if count == 5:
+                run.stop()
+
+    assert run.progress.step <= 1000
 
 
 # ---- every batch once ----------------------------------------------------------------------------

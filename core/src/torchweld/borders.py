@@ -80,7 +80,7 @@ class Borders:
         kinds = {"epoch_end"} if self._end_epoch() else set()
         if position.step in self._marks or table.log_is_due(position.step) or kinds:
             kinds.add("due")
-        if table.total_steps is not None and position.step >= table.total_steps:
+        if table.exchange_is_due(position.step):
             kinds.add("due")
         epoch_end = "epoch_end" in kinds
         if table.validation_is_due(position.step, position.epoch, epoch_end=epoch_end):

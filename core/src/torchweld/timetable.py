@@ -8,7 +8,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 LONGEST_SEGMENT = 1000
-"""Steps between two borders at most, so that recorded losses stay few and Ctrl-C is near."""
+"""Steps between two borders at most, so that recorded losses stay few and Ctrl-C is near.
+
+Where nothing else is due, every so many steps of the run are a border on all ranks, at which a rank
+that wants to stop is heard.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Timetable:
         assert self.steps_per_epoch is not None
         return self.steps_per_epoch
 
+    def exchange_is_due(self, step: int) -> bool:
+        """Whether the ranks exchange sums and wishes after ``step`` in any case."""
+        ends = self.total_steps is not None and step >= self.total_steps
+        return ends or step % LONGEST_SEGMENT == 0
+
     def log_is_due(self, step: int) -> bool:
         """Whether ``step`` is one after which metrics are logged."""
         return self.log_every is not None and step % self.log_every == 0
@@ -78,7 +87,7 @@ class Timetable:
 
     def next_due(self, step: int, others: Iterable[int | None]) -> int:
         """The next step after ``step`` at which something is due."""
-        marks = [step + LONGEST_SEGMENT]
+        marks = [_next(step, LONGEST_SEGMENT)]
         marks += [_next(step, every) for every in (self.log_every, self.val_every_steps) if every]
         if self.total_steps is not None:
             marks.append(self.total_steps)
