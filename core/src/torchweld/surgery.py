@@ -271,7 +271,24 @@ def operate(chosen: Chosen, surgery: Any, parts: Parts) -> Parts:
             f"surgery {chosen.name!r} returned {type(result).__name__}, not Parts: {_who(chosen)}"
             "a surgery takes Parts and returns Parts (dataclasses.replace(parts, model=…))"
         )
+    wrong = _wrong_part(result)
+    if wrong:
+        raise PluginError(f"surgery {chosen.name!r} made Parts of which {wrong} {_who(chosen)}")
     return result
+
+
+def _wrong_part(parts: Parts) -> str:
+    if not isinstance(parts.model, nn.Module):
+        return f"model is a {type(parts.model).__name__}, not an nn.Module"
+    for part in fields(Parts):
+        value = getattr(parts, part.name)
+        if part.default == () and not (isinstance(value, tuple) and all(map(_can_act, value))):
+            return f"{part.name} is {value!r}, not a tuple of functions"
+    return ""
+
+
+def _can_act(item: Any) -> bool:
+    return callable(item) or hasattr(item, "bind") or hasattr(item, "at")
 
 
 def _who(chosen: Chosen) -> str:
