@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchweld import rng
+from torchweld.checkpoint import encode
 from torchweld.components import Use
 from torchweld.interfaces import Loader, LoaderRequest
 from torchweld.nesting import map_tensors
@@ -137,12 +138,12 @@ def _read_some(loader: Loader, num_batches: int) -> None:
         next(batches)
 
 
-def state_inside_epoch(case: SourceCase, num_samples: int) -> Any:
-    """The state after a batch."""
+def save_inside_epoch(case: SourceCase, num_samples: int) -> None:
+    """Encode the state after a batch, as a checkpoint does."""
     with loader_of(case, num_samples) as loader:
         loader.set_epoch(1)
         _read_some(loader, 1)
-        return loader.state_dict()
+        encode(loader.state_dict(), "state_dict()")
 
 
 def keep_batches(case: SourceCase, num_samples: int) -> tuple[bool, list[Any], list[Any]]:
@@ -192,7 +193,15 @@ def changes_random_state(case: SourceCase, num_samples: int) -> list[str]:
         before = rng.capture()
         read(case, loader)
         after = rng.capture()
-        return [kind for kind in before if repr(before[kind]) != repr(after[kind])]
+        return [kind for kind in before if not _is_same(before[kind], after[kind])]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return all(_is_same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
 
 
 class _Applied(Exception):

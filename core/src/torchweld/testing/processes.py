@@ -97,7 +97,6 @@ def spawn_ranks(
         environ: variables on top of this process's own.
     """
     place = Path(directory)
-    variables = {**os.environ, **(environ or {})}
     port = free_port()
     processes, outputs = [], []
     for rank in range(world_size):
@@ -109,7 +108,7 @@ def spawn_ranks(
             command = [*python_command("run_once(sys.argv[2])"), str(job_file)]
         else:
             command = [sys.executable, str(target), *map(str, args)]
-        processes.append(start(command, outputs[-1], cwd=place, env={**variables, **ours}))
+        processes.append(start(command, outputs[-1], {**(environ or {}), **ours}, cwd=place))
     return SpawnedRanks(tuple(processes), tuple(outputs))
 
 

@@ -26,6 +26,10 @@ _BOOT = (
     "from torchweld.testing import rank_worker; rank_worker."
 )
 
+# A client of the store asks a name server who ::ffff:127.0.0.1 is, for a message that it may log.
+# Where none answers it would wait 5 s and try again.
+_RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
+
 
 class _RecordingPickler(pickle.Pickler):
     """Notes the modules of all classes and functions that the pickle will ask for."""
@@ -62,8 +66,8 @@ def make_job(
 @contextmanager
 def hosted_store() -> Iterator[dict[str, str]]:
     """Host the store of one job here, as torchrun does: no rank then waits for rank 0 to start."""
-    # An IPv4 socket of our own: on torch's, a peer is ::ffff:127.0.0.1, whose name the store asks
-    # a name server for (5 s where none answers); 127.0.0.1 is in the hosts file.
+    # An IPv4 socket of our own: on torch's, each peer is ::ffff:127.0.0.1, and the server waits
+    # for its name, too (see _RESOLVER); 127.0.0.1 is in the hosts file.
     listening = socket.create_server(("127.0.0.1", 0), backlog=128)
     port = int(listening.getsockname()[1])
     store = torch.distributed.TCPStore(
@@ -110,12 +114,23 @@ def python_command(call: str) -> list[str]:
     return [sys.executable, "-c", _BOOT + call, json.dumps([p for p in sys.path if p])]
 
 
-def start(command: Sequence[str], output: Path, **options: Any) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[str],
+    output: Path,
+    environ: Mapping[str, str] | None = None,
+    **options: Any,
+) -> subprocess.Popen[bytes]:
     """Start a process whose standard output and error go to a file."""
+    environ = {**_RESOLVER, **os.environ, **(environ or {})}
     # A session of its own: Ctrl-C reaches the tests only, and `kill` reaches its children.
     with output.open("wb") as file:
         return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environ,
+            **options,
         )
 
 

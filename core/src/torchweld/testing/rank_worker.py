@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -142,11 +142,20 @@ def _end_with_parent() -> None:
 
 def _answer(job: Job) -> bytes:
     try:
-        return pickle.dumps(_call(job))
+        answer = pickle.dumps(_call(job))
     except BaseException as error:  # noqa: BLE001 - a stranger's code; every end is reported
         answer = _pickled_failure(int(job.environ["RANK"]), error)
         _leave_process_group()  # at once: the other ranks then stop waiting for this one
         return answer
+    _meet()
+    return answer
+
+
+def _meet() -> None:
+    # A group that is destroyed while its connections are still being made hangs more often.
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):  # another rank has failed, and is reported
+            torch.distributed.barrier()
 
 
 def _leave_process_group() -> None:
