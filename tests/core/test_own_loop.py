@@ -461,3 +461,40 @@ def test_two_processes_can_interrupt_a_window_and_stay_together() -> None:
 
     assert different(pieces[0], whole[0]) == []
     assert different(pieces[1], pieces[0]) == []
+
+
+def calls_the_module(run: TrainingRun) -> None:
+    for inputs, targets in run.batches():
+        run.backward(F.cross_entropy(run.wiring.model(inputs), targets))
+        run.step()
+
+
+def _module_on_two_ranks(in_step: bool) -> str:
+    settings: dict[str, Any] = {"strategy": "ddp", "data": of_dataset(), "max_epochs": 1}
+    model = make_model()
+    try:
+        if in_step:
+            given = arguments(loss=None, step=lambda run, batch: model(batch[0]).mean())
+            make_trainer(**settings).fit(model, make_data(), **given)
+        else:
+            drive(calls_the_module, model=model, train=make_data(), **settings)
+    except LoopError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("in_step", [False, True], ids=["own loop", "step"])
+def test_the_module_in_place_of_run_model_is_an_error_where_they_differ(in_step: bool) -> None:
+    answers = run_ranks(_module_on_two_ranks, 2, in_step)
+
+    assert all("without run.model" in answer for answer in answers), answers
+
+
+def test_the_module_in_place_of_run_model_is_right_where_they_are_the_same() -> None:
+    model = make_model()
+
+    drive(calls_the_module, model=model)
+
+    assert_same(model, by_hand(1))
+    with pytest.raises(LoopError, match="the precision"):
+        drive(calls_the_module, precision="bf16")

@@ -19,6 +19,7 @@ from tests.core.trainings import (
     M,
     arguments,
     assert_same,
+    different,
     fit,
     make_data,
     make_loader,
@@ -27,6 +28,7 @@ from tests.core.trainings import (
     make_trainer,
     of_dataset,
     train_by_hand,
+    weights,
 )
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border, Run
@@ -229,6 +231,30 @@ def test_lbfgs_evaluates_the_loss_as_by_hand(search: str | None) -> None:
     fit(model, make_loader(22), optimizer=make)
 
     assert_same(model, expected)
+
+
+def lbfgs_case(search: str | None, world_size: int) -> tuple[dict[str, Tensor], float]:
+    model = make_model()
+    settings = {
+        "strategy": "ddp" if world_size > 1 else "single",
+        "data": of_dataset(8 // world_size),
+        "seed": 3,
+    }
+    make = partial(LBFGS, lr=0.5, max_iter=4, line_search_fn=search)
+    result = fit(model, make_data(21), optimizer=make, settings=settings)
+    return weights(model), result.metrics["train_loss"]
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_searches_alike_on_two_processes(search: str | None) -> None:
+    expected, loss = lbfgs_case(search, 1)
+
+    results = run_ranks(lbfgs_case, 2, search, 2)
+
+    assert different(results[0][0], results[1][0]) == []
+    # A sum in another order, and the steps of a search that amplifies it.
+    torch.testing.assert_close(results[0][0], expected, rtol=1e-3, atol=1e-3)
+    assert results[0][1] == pytest.approx(loss, rel=1e-4)
 
 
 def test_gradients_from_before_do_not_reach_the_first_step() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torchweld.errors import LoopError
 from torchweld.facts import check_loss, named_loss
+from torchweld.handle import NOT_THE_RUNS_MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +64,14 @@ def compute_by_step(
     step: Callable[[Any, Any], Any], run: Any, recorder: Recorder
 ) -> Callable[[Any], Tensor]:
     """The user's ``step(run, batch)``; whatever it returns is looked at every time."""
+    handle, bare = run.wiring.handle, run.wiring.forward_is_bare
 
     def compute(batch: Any) -> Tensor:
-        return take_named(step(run, batch), recorder)
+        handle.used = False
+        result = step(run, batch)
+        if not (handle.used or bare):
+            raise LoopError(NOT_THE_RUNS_MODEL)
+        return take_named(result, recorder)
 
     return compute
 

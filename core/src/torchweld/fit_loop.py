@@ -87,5 +87,9 @@ class FitLoop:
 
     def _one_closure_step(self, batch: Any, weight: float) -> None:
         compute = self._bound["compute"]
-        bound = {**self._bound, "compute": lambda b: compute(b) * weight}
+        bound = {
+            **self._bound,
+            "compute": lambda b: compute(b) * weight,
+            "record": lambda loss: self._bound["record"](loss / weight if weight else loss),
+        }
         train_closure(iter([batch]), 1, **bound)

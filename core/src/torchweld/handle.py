@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 
     from torchweld.interfaces import Prepared
 
+NOT_THE_RUNS_MODEL = (
+    "the loss was made without run.model(…): the module itself, called in its place, knows nothing "
+    "of the strategy and the precision, so that processes would drift apart without a word"
+)
+
 
 class Handle:
     """Calling it is the prepared forward: in evaluation the one for evaluation.
 
     Attributes:
+        used: whether it was called since somebody set this to False.
         backward: of the run, for this model; bound when there is a run.
         step: likewise.
     """
@@ -27,9 +33,11 @@ class Handle:
     def __init__(self, prepared: Prepared) -> None:
         self._forward = prepared.forward
         self._prepared = prepared
+        self.used = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the forward of the mode that the model is in."""
+        self.used = True
         return self._forward(*args, **kwargs)
 
     def mode(self, train: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import LoopError
+from torchweld.handle import NOT_THE_RUNS_MODEL
 from torchweld.timetable import Segment
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class OwnLoop:
         self._advance = run.wiring.advance()
         self._backward = run.wiring.prepared.backward
         self._losses = run.wiring.recorder.losses
+        self._handle, self._bare = run.wiring.handle, run.wiring.forward_is_bare
         self._segment: Segment | None = None
         self._left = 0  # batches until the next border
         self._size = 1  # micro-batches of the running window
@@ -74,7 +76,7 @@ class OwnLoop:
                     batch = next(feed.batches, _END)
                     if batch is _END:
                         raise feed.short_error()
-                self._state = _HANDED_OUT
+                self._state, self._handle.used = _HANDED_OUT, False
                 yield batch
                 if self._state != _STEPPED:
                     self._check_stepped()
@@ -113,8 +115,8 @@ class OwnLoop:
             raise LoopError(_FAILED)
         if self._state == _BACKWARD_DONE:
             raise LoopError(
-                "run.step() is missing after run.backward(loss): call it once for every batch, also "
-                "inside an accumulation window, where it only counts"
+                "run.step() is missing after run.backward(loss): call it once for every batch, "
+                "also inside an accumulation window, where it only counts"
             )
 
     def backward(self, loss: Tensor) -> None:
@@ -125,6 +127,8 @@ class OwnLoop:
         """
         if self._state != _HANDED_OUT:
             raise LoopError(self._wrong_backward())
+        if not (self._handle.used or self._bare):
+            raise LoopError(NOT_THE_RUNS_MODEL)
         self._state = _BACKWARD_BEGUN
         self._backward(loss if self._weight == 1.0 else loss * self._weight)
         self._state = _BACKWARD_DONE
@@ -145,8 +149,8 @@ class OwnLoop:
         """
         if self._state != _BACKWARD_DONE:
             raise LoopError(
-                "run.step() was called twice for one batch, or without run.backward(loss) before it: "
-                "call each exactly once a batch"
+                "run.step() was called twice for one batch, or without run.backward(loss) before "
+                "it: call each exactly once a batch"
             )
         self._state = _STEPPED
         self._left -= 1

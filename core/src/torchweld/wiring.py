@@ -86,6 +86,11 @@ class Wiring:
         """Whether the optimizer evaluates the loss itself."""
         return needs_closure(self.prepared.optimizer)
 
+    @property
+    def forward_is_bare(self) -> bool:
+        """Whether calling the user's module is the same as calling ``run.model``."""
+        return self.prepared.forward is self.model
+
     def advance(self) -> Callable[[], Any]:
         """The step of the inner loops: with scheduler and after-steps only where there are any."""
         step, scheduler = self.prepared.step, self.scheduler

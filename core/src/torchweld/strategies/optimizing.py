@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class OptimizerStep:
         self.optimizer.zero_grad()
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "16" else None
         self.norm: Tensor | None = None
-        self._model = model
+        self._model, self._env = model, request.env
         self._between = self._between_backward_and_step(request)
 
     def bind(self) -> Callable[[], bool]:
@@ -66,11 +67,19 @@ class OptimizerStep:
             loss = closure()
             for act in self._between:
                 act()
-            return loss
+            return self._over_ranks(loss)
 
         self.optimizer.step(evaluate)  # type: ignore[arg-type]  # torch says float, takes tensors
         self.optimizer.zero_grad()
         return True
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """The mean over the ranks: by its own loss each would search along the line differently."""
+        if self._env.world_size == 1:
+            return loss
+        mean = loss.detach() / self._env.world_size
+        dist.all_reduce(mean, group=self._env.group)
+        return mean
 
     def _between_backward_and_step(self, request: SetupRequest) -> tuple[Callable[[], None], ...]:
         actions: list[Callable[[], None]] = []
