@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,6 +14,9 @@ from torch.utils.data import DataLoader
 from tests.parity.training import make_data, make_model
 from torchweld import Trainer
 from torchweld.testing import run_ranks
+
+if TYPE_CHECKING:
+    import pytest
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
