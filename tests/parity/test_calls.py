@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchweld import Trainer
 from torchweld.run import TrainingRun
 
-STEPS = 200
+STEPS = 100
 ALLOWED = {"fit": 5.0, "own_loop": 8.0}
 """Python calls a batch above the same loop by hand, borders (every 50 steps) included.
 
