@@ -37,7 +37,7 @@ class Channel:
         *,
         store: Store | None = None,
         watch_store: Store | None = None,
-        hosts_store: bool = False,
+        host: int | None = None,
         timeout_seconds: float = 300.0,
     ) -> None:
         """Make one.
@@ -46,14 +46,14 @@ class Channel:
             store: None for a single rank.
             watch_store: the same over a connection of its own, since a store answers one call at
                 a time, and making a process group may wait in it.
-            hosts_store: the store ends with this process.
+            host: the rank with whose process the store ends; None for another process.
             timeout_seconds: how long a rank may be late.
         """
         self.rank, self.world_size = rank, world_size
         self.group: Any = None
         self.timeout_seconds = timeout_seconds
         self._store: Any = store
-        self._hosts_store = hosts_store
+        self._hosts_store = rank == host
         self._num_failures = self._num_exchanges = self._num_works = 0
         self._reported: BaseException | None = None
         self._watch: Watch | None = None
@@ -63,7 +63,7 @@ class Channel:
                 watch_store or store,
                 rank=rank,
                 world_size=world_size,
-                hosts_store=hosts_store,
+                host=host,
                 timeout_seconds=timeout_seconds,
             )
 
@@ -127,6 +127,8 @@ class Channel:
             return
         number = self._begin(self._watch, where)
         try:
+            # One rank that fits and one that evaluates would wait for each other in collectives.
+            self.exchange(f"the start of {where['doing']}", "")
             yield
         except GeneratorExit:  # a run that was never closed is no failure
             self._end(self._watch, number)
@@ -168,7 +170,7 @@ class Channel:
             self._tell(watch.cause or str(error))
         else:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._tell(f"rank {self.rank} stopped in {where.get('doing', 'set-up')}: {what}")
+            self._tell(f"rank {self.rank} stopped in {where['doing']}: {what}")
         self._reported = first or error
         return first
 

@@ -157,7 +157,7 @@ def _launch() -> tuple[Env, Channel]:
         world_size,
         store=store,
         watch_store=_connect(rank, world_size, hosts=False),
-        hosts_store=rank == 0 and not agent,
+        host=None if agent else 0,
         timeout_seconds=_timeout_seconds(),
     )
     return Env(rank, world_size, local_rank, torch.device("cpu"), store=store), channel
@@ -196,7 +196,7 @@ def _existing_group() -> tuple[Env, Channel]:
         rank,
         world_size,
         store=store,
-        hosts_store=rank == 0,
+        host=0,
         timeout_seconds=_timeout_seconds(),
     )
     device = torch.device("cpu")

@@ -62,15 +62,15 @@ class Watch:
     """
 
     def __init__(
-        self, store: Store, *, rank: int, world_size: int, hosts_store: bool, timeout_seconds: float
+        self, store: Store, *, rank: int, world_size: int, host: int | None, timeout_seconds: float
     ) -> None:
         self.failure_key = ""
         self.open: list[int] = []
         self.cause: str | None = None
         self.where: Mapping[str, Any] = {}
-        self._store = store
+        self._store: Any = store  # torch's hints leave out check()
         self._rank, self._peers = rank, [r for r in range(world_size) if r != rank]
-        self._hosts_store = hosts_store
+        self._host = host
         self._grace_seconds = min(_GRACE_SECONDS, timeout_seconds)
         self._mine = process_mark()
         self._marks: dict[int, str] = {}
@@ -122,8 +122,8 @@ class Watch:
         try:
             if self._store.check([self.failure_key]):
                 return bytes(self._store.get(self.failure_key)).decode()
-            if not self._hosts_store:
-                self._host_left = self._host_left or self._has_left(0)
+            if self._host is not None and self._host != self._rank:
+                self._host_left = self._host_left or self._has_left(self._host)
             gone = [rank for rank in self._peers if self.ended(rank) and not self._has_left(rank)]
             # A rank may have said why it stops between the two questions.
             if gone and self._store.check([self.failure_key]):
@@ -133,11 +133,13 @@ class Watch:
         return _gone(gone[0]) if gone else None
 
     def _has_left(self, rank: int) -> bool:
-        return self._store.check([left_key(number, rank) for number in tuple(self.open)] or [""])
+        keys = [left_key(number, rank) for number in tuple(self.open)]
+        return bool(keys) and bool(self._store.check(keys))
 
     def _host_is_gone(self) -> str:
-        gone = [r for r in self._peers if has_ended(self._marks.get(r, ""), self._mine)]
-        return _gone(gone[0]) if gone else "the process that all others talk through is gone"
+        if self._host is not None:
+            return _gone(self._host)
+        return "the process that started the others, and that all talk through, is gone"
 
     def _leave(self) -> None:
         try:

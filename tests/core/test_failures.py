@@ -1,0 +1,284 @@
+"""When one process stops, all do, soon, with its reason, and what was saved stays whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from tests.core.scripts import train_and_fail
+from tests.core.small_runs import left_over, saved
+from torchweld.checkpoint import last
+from torchweld.testing.rank_processes import free_port, rank_environ, store_environ
+
+SOON = 10.0  # seconds, on a busy machine; 0.3 to 1.5 were measured on an idle one
+FORKS = multiprocessing.get_context("forkserver")
+# Imported once; without torch._dynamo, which optimizers import, each process needs 2 s for it.
+FORKS.set_forkserver_preload(["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp"])
+
+
+class Launch:
+    """Processes of ``train_and_fail`` that nobody looks after, by rank."""
+
+    def __init__(
+        self, directory: Path, world_size: int, words: Sequence[str], environ: Mapping[str, str]
+    ) -> None:
+        self.directory, self.root = directory, directory / "runs"
+        everyone = {**store_environ(free_port()), **environ}
+        words = [*words[:3], str(self.root), *words[3:]]
+        self.processes: list[BaseProcess] = [
+            FORKS.Process(
+                target=train_and_fail.run_as_rank,
+                args=({**everyone, **rank_environ(rank, world_size)}, str(directory), words),
+            )
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def codes(self, seconds: float = 60.0) -> list[int | None]:
+        """Exit codes once all have ended; None for one that still runs after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def output(self, rank: int) -> str:
+        """What a rank has printed."""
+        return (self.directory / f"rank-{rank}.txt").read_text()
+
+    def wait_for_harm(self, *ranks: int) -> float:
+        """Wait until ``ranks`` have come to harm; returns when."""
+        places = [self.directory / f"harmed-{rank}" for rank in ranks]
+        deadline = time.monotonic() + 60
+        while not all(place.exists() and place.read_text() for place in places):
+            assert time.monotonic() < deadline, "nothing has happened"
+            time.sleep(0.02)
+        return max(float(place.read_text()) for place in places)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all, as a terminal does."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+
+@contextmanager
+def launched(directory: Path, *words: str, world_size: int = 2, **environ: str) -> Iterator[Launch]:
+    """Processes of a run; none is left afterwards."""
+    launch = Launch(directory, world_size, words, environ)
+    try:
+        yield launch
+    finally:
+        launch.send(signal.SIGKILL)
+        launch.codes()
+
+
+def assert_saved_whole(root: Path, newest: str = "step-4") -> Path:
+    """Everything under ``root`` is a whole checkpoint, and ``newest`` is what ``last`` takes."""
+    found, skipped = last(root)
+    assert skipped == []
+    assert found is not None
+    assert found.name == newest
+    assert left_over(root) == []
+    return found
+
+
+# ---- an exception on one rank --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "doing", "newest"),
+    [
+        ("forward", "step 5", "step-4"),
+        ("data", "step 5", "step-4"),
+        ("callback at step 5", "step 5", "step-4"),
+        ("validation", "validation", "step-8"),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_an_exception_on_one_rank_ends_all_with_its_reason(
+    place: str, doing: str, newest: str, who: int, tmp_path: Path
+) -> None:
+    with launched(tmp_path, place, "raise_error", str(who)) as launch:
+        codes = launch.codes()
+        seconds = time.time() - launch.wait_for_harm(who)
+
+    assert codes == [1, 1]
+    assert seconds < SOON
+    assert "ValueError: the sample is broken" in launch.output(who)
+    told = launch.output(1 - who)
+    assert f"RankFailed: rank {who} stopped in {doing}: ValueError: the sample is broken" in told
+    if place != "validation":  # of which the first is before the first checkpoint
+        path = assert_saved_whole(launch.root, newest)
+        assert f"last complete checkpoint: {path} (intact); resume with ckpt_path='last'" in told
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_rank_that_leaves_ends_all(who: int, tmp_path: Path) -> None:
+    with launched(tmp_path, "forward", "leave", str(who)) as launch:
+        codes = launch.codes()
+
+    assert (codes[who], codes[1 - who]) == (3, 1)
+    assert f"rank {who} stopped in step 5: SystemExit: 3" in launch.output(1 - who)
+    assert_saved_whole(launch.root)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("place", ["forward", "callback at step 5", "callback at step 6"])
+def test_one_rank_that_is_killed_ends_all_and_is_named(
+    place: str, who: int, tmp_path: Path
+) -> None:
+    with launched(tmp_path, place, "die", str(who)) as launch:
+        codes = launch.codes()
+        seconds = time.time() - launch.wait_for_harm(who)
+
+    assert (codes[who], codes[1 - who]) == (-signal.SIGKILL, 1)
+    assert seconds < SOON
+    assert f"RankFailed: rank {who} is gone: its process ended" in launch.output(1 - who)
+    assert_saved_whole(launch.root)
+    assert "(intact); resume with ckpt_path='last'" in launch.output(1 - who)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_ranks_end_also_where_the_one_that_failed_goes_on_with_something_else(
+    who: int, tmp_path: Path
+) -> None:
+    words = (tmp_path, "forward", "raise_and_stay", str(who))
+    with launched(*words, TORCHWELD_TIMEOUT_SECONDS="2") as launch:
+        harmed = launch.wait_for_harm(who)
+        launch.processes[1 - who].join(30)
+        seconds = time.time() - harmed
+        code = launch.processes[1 - who].exitcode
+
+    assert code == 1
+    assert seconds < SOON
+    assert f"torchweld: rank {who} stopped in step 5: ArithmeticError" in launch.output(1 - who)
+    assert_saved_whole(launch.root)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_with_the_reason(tmp_path: Path) -> None:
+    with launched(tmp_path, "callback at step 5", "block_checkpoints", "0") as launch:
+        codes = launch.codes()
+
+    assert codes == [1, 1]
+    for rank in range(2):
+        assert "step-6 was not written - rank 0: " in launch.output(rank)
+    assert_saved_whole(launch.root)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_dies_before_it_arrives_is_named(who: int, tmp_path: Path) -> None:
+    words = (tmp_path, "before", "die", str(who))
+    with launched(*words, TORCHWELD_TIMEOUT_SECONDS="2") as launch:
+        codes = launch.codes()
+
+    assert (codes[who], codes[1 - who]) == (-signal.SIGKILL, 1)
+    assert f"RankMissing: rank {who} of 2 did not arrive at" in launch.output(1 - who)
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["0", "1", "all"])
+@pytest.mark.parametrize("place", ["forward", "callback at step 6"])
+def test_ctrl_c_ends_all_ranks(place: str, who: str, tmp_path: Path) -> None:
+    with launched(tmp_path, place, "wait", who) as launch:
+        launch.wait_for_harm(*(range(2) if who == "all" else [int(who)]))
+        sent = time.time()
+        launch.send(signal.SIGINT)
+        codes = launch.codes()
+        seconds = time.time() - sent
+
+    assert 0 not in codes
+    assert None not in codes
+    assert seconds < SOON
+    assert "KeyboardInterrupt" in launch.output(0 if who == "all" else int(who))
+    assert_saved_whole(launch.root)
+
+
+def test_ctrl_c_on_one_rank_ends_the_others_with_that_reason(tmp_path: Path) -> None:
+    with launched(tmp_path, "forward", "interrupt", "1") as launch:
+        codes = launch.codes()
+
+    assert 0 not in codes
+    assert "rank 1 stopped in step 5: KeyboardInterrupt" in launch.output(0)
+    assert_saved_whole(launch.root)
+
+
+# ---- torchrun ------------------------------------------------------------------------------------
+
+
+def _torchrun(directory: Path, *words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with (directory / "output.txt").open("wb") as output:
+        return subprocess.Popen(
+            [*command, train_and_fail.__file__, *words, str(directory / "runs")],
+            cwd=directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_the_reason_of_the_rank_that_failed(tmp_path: Path) -> None:
+    with _torchrun(tmp_path, "forward", "raise_error", "1") as torchrun:
+        code = torchrun.wait(60)
+
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 1
+    assert "ValueError: the sample is broken" in output
+    assert_saved_whole(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_ranks_on_ctrl_c(tmp_path: Path) -> None:
+    with _torchrun(tmp_path, "callback at step 6", "wait", "0") as torchrun:
+        while not (tmp_path / "harmed-0").exists():
+            assert torchrun.poll() is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.05)
+        os.killpg(torchrun.pid, signal.SIGINT)
+        code = torchrun.wait(60)
+
+    assert code != 0
+    assert "KeyboardInterrupt" in (tmp_path / "output.txt").read_text()
+    assert_saved_whole(tmp_path / "runs")
+
+
+# ---- kill -9 at any moment -----------------------------------------------------------------------
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_runs_killed_at_any_moment_come_to_the_same_end(world_size: int, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    with launched(tmp_path / "whole", "none", "die", "0", world_size=world_size) as launch:
+        assert launch.codes() == [0] * world_size
+    expected = launch.output(0).splitlines()[-1]
+
+    for attempt in range(20):
+        place = tmp_path / str(attempt)
+        place.mkdir()
+        resume: list[str] = []
+        for _ in range(3):
+            with launched(place, "none", "die", "0", *resume, world_size=world_size) as launch:
+                time.sleep(random.SystemRandom().uniform(0.2, 1.5))
+                launch.send(signal.SIGKILL)
+                launch.codes()
+            resume = ["last"] if saved(place) else []
+        with launched(place, "none", "die", "0", *resume, world_size=world_size) as launch:
+            assert launch.codes() == [0] * world_size
+        assert launch.output(0).splitlines()[-1] == expected
