@@ -79,7 +79,7 @@ class Augmented(TensorDataset):
     """Adds noise of torch's, numpy's and python's random state to every sample."""
 
     def __getitem__(self, index: Any) -> Any:
-        inputs, target = super().__getitem__(index)
+        inputs, target = super().__getitem__(index)  # type: ignore[no-untyped-call]  # torch's
         noise = 0.1 * torch.randn(6) + 0.1 * np.random.rand() + 0.1 * random.random()
         return inputs + noise.float(), target
 

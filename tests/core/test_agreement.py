@@ -69,7 +69,7 @@ def bare(**settings: Any) -> Trainer:
 
 def freeze(parts: Parts) -> Parts:
     """A surgery of the user's own."""
-    parts.model[0].weight.requires_grad_(False)
+    next(parts.model.parameters()).requires_grad_(False)
     return parts
 
 

@@ -2,86 +2,43 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from tests.core.forking import Forks, forked_ranks
 from tests.core.scripts import train_and_fail
 from tests.core.small_runs import left_over, saved
 from torchweld.checkpoint import last
-from torchweld.testing.rank_processes import free_port, rank_environ, store_environ
 
 SOON = 10.0  # seconds, on a busy machine; 0.3 to 1.5 were measured on an idle one
-FORKS = multiprocessing.get_context("forkserver")
-# Imported once; without torch._dynamo, which optimizers import, each process needs 2 s for it.
-FORKS.set_forkserver_preload(["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp"])
 
 
-class Launch:
-    """Processes of ``train_and_fail`` that nobody looks after, by rank."""
-
-    def __init__(
-        self, directory: Path, world_size: int, words: Sequence[str], environ: Mapping[str, str]
-    ) -> None:
-        self.directory, self.root = directory, directory / "runs"
-        everyone = {**store_environ(free_port()), **environ}
-        words = [*words[:3], str(self.root), *words[3:]]
-        self.processes: list[BaseProcess] = [
-            FORKS.Process(
-                target=train_and_fail.run_as_rank,
-                args=({**everyone, **rank_environ(rank, world_size)}, str(directory), words),
-            )
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def codes(self, seconds: float = 60.0) -> list[int | None]:
-        """Exit codes once all have ended; None for one that still runs after ``seconds``."""
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return [process.exitcode for process in self.processes]
-
-    def output(self, rank: int) -> str:
-        """What a rank has printed."""
-        return (self.directory / f"rank-{rank}.txt").read_text()
-
-    def wait_for_harm(self, *ranks: int) -> float:
-        """Wait until ``ranks`` have come to harm; returns when."""
-        places = [self.directory / f"harmed-{rank}" for rank in ranks]
-        deadline = time.monotonic() + 60
-        while not all(place.exists() and place.read_text() for place in places):
-            assert time.monotonic() < deadline, "nothing has happened"
-            time.sleep(0.02)
-        return max(float(place.read_text()) for place in places)
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to all, as a terminal does."""
-        for process in self.processes:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, number)
+def launched(
+    directory: Path, *words: str, world_size: int = 2, **environ: str
+) -> AbstractContextManager[Forks]:
+    """Processes of ``train_and_fail``, which write below ``directory / "runs"``."""
+    words = (*words[:3], str(directory / "runs"), *words[3:])
+    return forked_ranks(
+        train_and_fail.main, world_size, *words, directory=directory, environ=environ
+    )
 
 
-@contextmanager
-def launched(directory: Path, *words: str, world_size: int = 2, **environ: str) -> Iterator[Launch]:
-    """Processes of a run; none is left afterwards."""
-    launch = Launch(directory, world_size, words, environ)
-    try:
-        yield launch
-    finally:
-        launch.send(signal.SIGKILL)
-        launch.codes()
+def wait_for_harm(directory: Path, *ranks: int) -> float:
+    """Wait until ``ranks`` have come to harm; returns when."""
+    places = [directory / f"harmed-{rank}" for rank in ranks]
+    deadline = time.monotonic() + 60
+    while not all(place.exists() and place.read_text() for place in places):
+        assert time.monotonic() < deadline, "nothing has happened"
+        time.sleep(0.02)
+    return max(float(place.read_text()) for place in places)
 
 
 def assert_saved_whole(root: Path, newest: str = "step-4") -> Path:
@@ -113,7 +70,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_reason(
 ) -> None:
     with launched(tmp_path, place, "raise_error", str(who)) as launch:
         codes = launch.codes()
-        seconds = time.time() - launch.wait_for_harm(who)
+        seconds = time.time() - wait_for_harm(tmp_path, who)
 
     assert codes == [1, 1]
     assert seconds < SOON
@@ -121,7 +78,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_reason(
     told = launch.output(1 - who)
     assert f"RankFailed: rank {who} stopped in {doing}: ValueError: the sample is broken" in told
     if place != "validation":  # of which the first is before the first checkpoint
-        path = assert_saved_whole(launch.root, newest)
+        path = assert_saved_whole(tmp_path / "runs", newest)
         assert f"last complete checkpoint: {path} (intact); resume with ckpt_path='last'" in told
 
 
@@ -132,7 +89,7 @@ def test_one_rank_that_leaves_ends_all(who: int, tmp_path: Path) -> None:
 
     assert (codes[who], codes[1 - who]) == (3, 1)
     assert f"rank {who} stopped in step 5: SystemExit: 3" in launch.output(1 - who)
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -142,12 +99,12 @@ def test_one_rank_that_is_killed_ends_all_and_is_named(
 ) -> None:
     with launched(tmp_path, place, "die", str(who)) as launch:
         codes = launch.codes()
-        seconds = time.time() - launch.wait_for_harm(who)
+        seconds = time.time() - wait_for_harm(tmp_path, who)
 
     assert (codes[who], codes[1 - who]) == (-signal.SIGKILL, 1)
     assert seconds < SOON
     assert f"RankFailed: rank {who} is gone: its process ended" in launch.output(1 - who)
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
     assert "(intact); resume with ckpt_path='last'" in launch.output(1 - who)
 
 
@@ -157,7 +114,7 @@ def test_ranks_end_also_where_the_one_that_failed_goes_on_with_something_else(
 ) -> None:
     words = (tmp_path, "forward", "raise_and_stay", str(who))
     with launched(*words, TORCHWELD_TIMEOUT_SECONDS="2") as launch:
-        harmed = launch.wait_for_harm(who)
+        harmed = wait_for_harm(tmp_path, who)
         launch.processes[1 - who].join(30)
         seconds = time.time() - harmed
         code = launch.processes[1 - who].exitcode
@@ -165,7 +122,7 @@ def test_ranks_end_also_where_the_one_that_failed_goes_on_with_something_else(
     assert code == 1
     assert seconds < SOON
     assert f"torchweld: rank {who} stopped in step 5: ArithmeticError" in launch.output(1 - who)
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_all_with_the_reason(tmp_path: Path) -> None:
@@ -175,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_with_the_reason(tmp_path: 
     assert codes == [1, 1]
     for rank in range(2):
         assert "step-6 was not written - rank 0: " in launch.output(rank)
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -195,7 +152,7 @@ def test_a_rank_that_dies_before_it_arrives_is_named(who: int, tmp_path: Path) -
 @pytest.mark.parametrize("place", ["forward", "callback at step 6"])
 def test_ctrl_c_ends_all_ranks(place: str, who: str, tmp_path: Path) -> None:
     with launched(tmp_path, place, "wait", who) as launch:
-        launch.wait_for_harm(*(range(2) if who == "all" else [int(who)]))
+        wait_for_harm(tmp_path, *(range(2) if who == "all" else [int(who)]))
         sent = time.time()
         launch.send(signal.SIGINT)
         codes = launch.codes()
@@ -205,7 +162,7 @@ def test_ctrl_c_ends_all_ranks(place: str, who: str, tmp_path: Path) -> None:
     assert None not in codes
     assert seconds < SOON
     assert "KeyboardInterrupt" in launch.output(0 if who == "all" else int(who))
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
 
 
 def test_ctrl_c_on_one_rank_ends_the_others_with_that_reason(tmp_path: Path) -> None:
@@ -214,7 +171,7 @@ def test_ctrl_c_on_one_rank_ends_the_others_with_that_reason(tmp_path: Path) -> 
 
     assert 0 not in codes
     assert "rank 1 stopped in step 5: KeyboardInterrupt" in launch.output(0)
-    assert_saved_whole(launch.root)
+    assert_saved_whole(tmp_path / "runs")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
+from tests.core.forking import forked_ranks
 from tests.core.small_runs import (
     DATA,
     OPTIMIZERS,
@@ -44,7 +45,7 @@ from torchweld import use
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import CheckpointDamaged, CheckpointError, InvalidArgument
 from torchweld.interfaces import Border, Run
-from torchweld.testing import run_ranks, spawn_ranks
+from torchweld.testing import run_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "momentum": {},
@@ -298,8 +299,9 @@ def test_a_pickle_in_the_place_of_any_file_is_not_executed(
 def test_a_torch_file_is_refused_and_not_executed(argument: str, tmp_path: Path) -> None:
     torch.save({"model": _Bomb(tmp_path / "executed")}, tmp_path / "weights.pt")
 
+    given: dict[str, Any] = {argument: tmp_path / "weights.pt"}
     with pytest.raises((CheckpointError, ValueError), match=r"weights\.pt"):
-        fit(quiet_trainer(tmp_path), **{argument: tmp_path / "weights.pt"})
+        fit(quiet_trainer(tmp_path), **given)
 
     assert not (tmp_path / "executed").exists()
 
@@ -528,7 +530,7 @@ class Mortal(nn.Module):
         return out
 
 
-def _train(root: str, surgery: list[Any], dies_in: int, ckpt_path: str | None) -> dict[str, Tensor]:
+def _train(root: str, surgery: list[Any], dies_in: int, ckpt_path: str | None) -> None:
     forget()
     model = Mortal(dies_in)
     trainer = quiet_trainer(root, surgery=surgery)
@@ -536,7 +538,7 @@ def _train(root: str, surgery: list[Any], dies_in: int, ckpt_path: str | None) -
         model, make_images(), loss=F.cross_entropy, optimizer=OPTIMIZERS["sgd"],
         lr_scheduler=milestones, ckpt_path=ckpt_path,
     )  # fmt: skip
-    return weights(model)
+    torch.save(model.state_dict(), f"weights-{os.environ['RANK']}.pt")
 
 
 @pytest.mark.parametrize(
@@ -546,14 +548,20 @@ def _train(root: str, surgery: list[Any], dies_in: int, ckpt_path: str | None) -
 def test_a_run_killed_in_a_random_step_resumes_to_the_same_weights(
     world_size: int, surgery: list[Any], tmp_path: Path
 ) -> None:
+    def end(place: str, dies_in: int, ckpt_path: str | None) -> tuple[list[int | None], list[Any]]:
+        directory = tmp_path / place
+        directory.mkdir(exist_ok=True)
+        words = (str(directory), surgery, dies_in, ckpt_path)
+        with forked_ranks(_train, world_size, *words, directory=directory) as processes:
+            codes = processes.codes()
+        return codes, [torch.load(file) for file in sorted(directory.glob("weights-*.pt"))]
+
     dies_in = random.SystemRandom().randrange(2, 12 // world_size)
-    expected = run_ranks(_train, world_size, str(tmp_path / "whole"), surgery, 0, None)
+    _, expected = end("whole", 0, None)
+    killed, _ = end("part", dies_in, None)
+    _, results = end("part", 0, "last")
 
-    killed = (str(tmp_path / "part"), surgery, dies_in, None)
-    with spawn_ranks(_train, world_size, *killed, directory=tmp_path) as processes:
-        codes = processes.wait()
-    result = run_ranks(_train, world_size, str(tmp_path / "part"), surgery, 0, "last")
-
-    assert -signal.SIGKILL in codes
-    for rank in range(world_size):
-        assert different(expected[rank], result[rank]) == [], f"killed in step {dies_in}"
+    assert -signal.SIGKILL in killed
+    assert len(expected) == world_size
+    for one, other in zip(expected, results, strict=True):
+        assert different(one, other) == [], f"killed in step {dies_in}"

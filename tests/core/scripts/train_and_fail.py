@@ -68,7 +68,7 @@ def wait() -> None:
 
 def block_checkpoints() -> None:
     """A place for the next checkpoint that cannot be written."""
-    for run in Path(sys.argv[4]).glob("*-*"):
+    for run in Path("runs").glob("*-*"):
         (run / f"step-{AT_STEP + 1}").write_text("a file where a directory has to be")
 
 
@@ -169,17 +169,6 @@ def main(place: str, harm: str, who: str, root: str, ckpt_path: str | None = Non
         wait()
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
     print("weights", digest.hexdigest())
-
-
-def run_as_rank(environ: dict[str, str], directory: str, words: list[str]) -> None:
-    """Be one of several processes that nobody looks after; output goes to ``rank-<n>.txt``."""
-    os.environ.update(environ)
-    os.chdir(directory)
-    output = os.open(f"rank-{environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv[1:] = words
-    main(*words)
 
 
 if __name__ == "__main__":

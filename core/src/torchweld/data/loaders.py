@@ -23,6 +23,10 @@ class TorchLoader:
     The order is core's (``batches``: a function of seed and epoch) or the user's own sampler's.
     For the latter, the random state in which the epoch began is part of the position.
 
+    Args:
+        counts: samples are counted by what was put into a batch, where that is known, and not by
+            the shape of its first tensor: time may come first there, or nodes of graphs.
+
     Attributes:
         note: what was decided about the user's DataLoader; empty for nothing.
     """
@@ -36,6 +40,7 @@ class TorchLoader:
         batches: ShardedBatches | None = None,
         *,
         sharded: bool = False,
+        counts: bool = False,
         note: str = "",
     ) -> None:
         self._loader, self._batches = loader, batches
@@ -44,21 +49,32 @@ class TorchLoader:
         self.batch_size = _batch_size(loader, batches)
         self.num_batches: int | None = len(loader)
         self.num_samples = _num_samples(loader, batches, sharded=sharded)
+        self._counts = counts and self.num_samples is not None and self._is_uneven()
         self._epoch = self._start = self._position = 0
         self._epoch_rng: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self._position = self._start
-        if self._batches is not None or self._start == 0:
-            self._epoch_rng = None if self._batches else _random_state(self._loader)
-            return iter(self._loader) if self._batches is None else self._counted()
-        return self._resumed()
+        if self._batches is None and self._start > 0:
+            return self._resumed()
+        self._epoch_rng = None if self._batches is not None else _random_state(self._loader)
+        return self._count() if self._counts else iter(self._loader)
 
     def samples(self, batch: Any) -> int:
         """Real samples of ``batch``, the one just yielded."""
-        if self._batches is not None and self._batches.real[self._position - 1] == 0:
-            return 0
-        return num_samples(batch)
+        return self._size(self._position - 1) if self._counts else num_samples(batch)
+
+    def _size(self, place: int) -> int:
+        """Samples of one batch of an epoch, where their number is known."""
+        assert self.batch_size is not None
+        assert self.num_samples is not None
+        if self._batches is not None:
+            return self._batches.real[place]
+        return min(self.batch_size, self.num_samples - place * self.batch_size)
+
+    def _is_uneven(self) -> bool:
+        last = (self.num_batches or 0) - 1
+        return last >= 0 and self._size(last) != self.batch_size
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Make the next ``iter`` that epoch's, from that batch on."""
@@ -98,11 +114,6 @@ class TorchLoader:
 
     def close(self) -> None:
         """Nothing to stop: workers end with their iterator."""
-
-    def _counted(self) -> Iterator[Any]:
-        if 0 not in self._batches.real:  # type: ignore[union-attr]  # called with batches only
-            return iter(self._loader)
-        return self._count()
 
     def _count(self) -> Iterator[Any]:
         for batch in self._loader:

@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchweld import ranks
+
 _SETTLE_SECONDS = 0.005  # for gloo's threads to let go of the last tensors
 
 
@@ -167,6 +169,7 @@ def _leave_process_group() -> None:
     """
     if torch.distributed.is_initialized():
         time.sleep(_SETTLE_SECONDS)
+        ranks._launched.clear()  # it keeps the group of this job alive until the next launch
         torch.distributed.destroy_process_group()
         gc.collect()  # models that refer to a group are in cycles
 
