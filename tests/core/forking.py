@@ -1,6 +1,6 @@
 """Processes for tests that end some of them: forked from one that has imported what takes long.
 
-Unlike ``spawn_ranks`` this costs milliseconds a process, and unlike ``run_ranks`` nobody looks after
+Unlike ``spawn_ranks`` this costs milliseconds a process; unlike ``run_ranks`` nobody looks after
 them: they are ended by the run alone.
 """
 

@@ -37,8 +37,10 @@ class Weigher:
     def weigh(self, raw: Any) -> float:
         """Return the weight of the batch that the loader has just given."""
         total = self._global_samples(self._position.batch + len(self.seen))
-        alone = self._world_size == 1 and total is not None
-        samples = total if alone else self._loader.samples(raw)
+        if total is not None and self._world_size == 1:
+            self.seen.append(total)
+            return 1.0
+        samples = self._loader.samples(raw)
         self.seen.append(samples)
         return 1.0 if total is None else samples * self._world_size / total
 
