@@ -139,6 +139,42 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_samples() -> None:
     assert result.progress.samples == 13
 
 
+class TimeFirst(nn.Module):
+    """Takes inputs of shape ``(time, batch, 5)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.net(inputs.mean(0))
+        return outputs
+
+
+def time_first(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    inputs, targets = torch.utils.data.default_collate(samples)
+    return torch.stack([inputs] * 7), targets
+
+
+def train_time_first(world_size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    model = TimeFirst()
+    train = DataLoader(make_data(13), 8 // world_size, collate_fn=time_first)
+    settings = {"strategy": "ddp" if world_size > 1 else "single", "max_epochs": 2}
+    result = fit(model, train, train, settings=settings)
+    return weights(model.net), dict(result.metrics)
+
+
+def test_samples_are_not_counted_by_the_shape_of_a_batch() -> None:
+    pairs = [[b] for b in DataLoader(make_data(13), 8)] * 2
+    expected = train_by_hand(make_model(), pairs)
+    inputs, targets = make_data(13).tensors
+    loss = F.cross_entropy(expected(inputs), targets).item()
+
+    for trained, metrics in [train_time_first(1), *run_ranks(train_time_first, 2, 2)]:
+        torch.testing.assert_close(trained, weights(expected), rtol=1e-6, atol=1e-6)
+        assert metrics["val_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 # ---- loaders, one by one -------------------------------------------------------------------------
 
 

@@ -92,7 +92,8 @@ class TorchSource:
             len(dataset), request, shuffle=shuffle, batch_size=size, drop_last=drop_last
         )
         dataset = _transformed(dataset, request)
-        return TorchLoader(DataLoader(dataset, batch_sampler=batches, **self._workers), batches)
+        loader = DataLoader(dataset, batch_sampler=batches, **self._workers)
+        return TorchLoader(loader, batches, counts=_counts(request))
 
     def _size_for(self, dataset: Any) -> int:
         if self.batch_size is None:
@@ -115,7 +116,7 @@ class TorchSource:
         if hasattr(_sampler(loader), "num_replicas"):
             return TorchLoader(_checked_replicas(loader, request), sharded=True)
         if request.env.world_size == 1 or self.sharded:
-            return TorchLoader(loader, sharded=self.sharded)
+            return TorchLoader(loader, sharded=self.sharded, counts=_counts(request))
         if _is_default(loader):
             order = _order_of(loader) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
@@ -138,7 +139,12 @@ class TorchSource:
             world_size=request.env.world_size,
             drop_last=loader.drop_last and request.train,
         )
-        return TorchLoader(_clone(loader, batch_sampler=batches), batches, note=_resharded(loader))
+        return TorchLoader(
+            _clone(loader, batch_sampler=batches),
+            batches,
+            counts=_counts(request),
+            note=_resharded(loader),
+        )
 
     # ---- iterables ---------------------------------------------------------------------------
 
@@ -199,6 +205,11 @@ def _sharded(
         world_size=request.env.world_size,
         drop_last=drop_last,
     )
+
+
+def _counts(request: LoaderRequest) -> bool:
+    """Whether somebody asks how many samples a batch has; training alone in a process does not."""
+    return request.env.world_size > 1 or not request.train
 
 
 def _refuse_empty(dataset: Any) -> None:
