@@ -58,7 +58,8 @@ class TorchLoader:
         if self._batches is None and self._start > 0:
             return self._resumed()
         self._epoch_rng = None if self._batches is not None else _random_state(self._loader)
-        return self._count() if self._counts else iter(self._loader)
+        batches = iter(self._loader)  # now: it draws from the random state
+        return self._count(batches) if self._counts else batches
 
     def samples(self, batch: Any) -> int:
         """Real samples of ``batch``, the one just yielded."""
@@ -115,8 +116,8 @@ class TorchLoader:
     def close(self) -> None:
         """Nothing to stop: workers end with their iterator."""
 
-    def _count(self) -> Iterator[Any]:
-        for batch in self._loader:
+    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
             self._position += 1
             yield batch
 
