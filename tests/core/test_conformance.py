@@ -53,9 +53,11 @@ class TestDdpLookingForUnusedParameters(StrategyConformance):
 
 class TestTorchSource(DataSourceConformance):
     component = TORCH
+    draws_from = ("torch",)  # one number an epoch, as every loop over a DataLoader does
 
 
 class TestTorchSourceWithWorkers(DataSourceConformance):
     component = TORCH
+    draws_from = ("torch",)
     options: ClassVar = {"batch_size": 4, "num_workers": 1}
     world_sizes = (1,)
