@@ -20,10 +20,8 @@ from typing import Any
 from torchweld.testing.rank_processes import free_port, rank_environ, store_environ
 
 _FORKS = multiprocessing.get_context("forkserver")
-# Optimizers import torch._dynamo, which takes 2 s; what is not installed is left out.
-_FORKS.set_forkserver_preload(
-    ["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp", "composer.algorithms"]
-)
+# Optimizers import torch._dynamo, which takes 2 s. Not composer, which takes over Ctrl-C.
+_FORKS.set_forkserver_preload(["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp"])
 
 
 class Forks:
@@ -85,4 +83,6 @@ def _be_rank(
     output = os.open(f"rank-{environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
+    # Started in the background of a shell, a process ignores Ctrl-C from its beginning.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     target(*args)
