@@ -367,6 +367,16 @@ def test_an_empty_dataset_in_a_loader_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("chosen", "said"), [(8, "keeps its batch_size=4, not 8"), (4, ""), (None, "")]
+)
+def test_a_batch_size_that_a_dataloader_does_not_take_is_said(chosen: Any, said: str) -> None:
+    note: str = getattr(loader_for(DataLoader(Numbers(), 4), batch_size=chosen), "note", "")
+
+    assert said in note
+    assert bool(note) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [({"batch_size": 0}, "at least one sample"), ({"shard": True, "sharded": True}, "contradict")],
 )

@@ -35,7 +35,7 @@ class Borders:
         self._since = time.monotonic()
         self._validated_at: int | None = None
         self._watch = TrainableWatch(run.wiring.prepared.named_parameters())
-        self._finished = False
+        self._finished = self._warned = False
 
     def start(self) -> None:
         """The border before the first step."""
@@ -127,7 +127,9 @@ class Borders:
         self.metrics["epoch"] = float(self._run.position.epoch)
         self.metrics.update(self._learning_rates())
         self._run.stopping |= totals.stop
-        if not math.isfinite(self.metrics.get("train_loss", 0.0)):
+        is_finite = math.isfinite(self.metrics.get("train_loss", 0.0))
+        if not is_finite and not self._warned:
+            self._warned = True
             self._wiring.console.warn(
                 f"the loss is {self.metrics['train_loss']} in or before step "
                 f"{self._run.position.step}: lower the learning rate or clip gradients "

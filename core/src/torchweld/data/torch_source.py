@@ -116,13 +116,21 @@ class TorchSource:
         if hasattr(_sampler(loader), "num_replicas"):
             return TorchLoader(_checked_replicas(loader, request), sharded=True)
         if request.env.world_size == 1 or self.sharded:
-            return TorchLoader(loader, sharded=self.sharded, counts=_counts(request))
+            return TorchLoader(
+                loader, sharded=self.sharded, counts=_counts(request), note=self._ignored(loader)
+            )
         if _is_default(loader):
             order = _order_of(loader) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
         if self.shard:
             return self._reshard(loader, request, _order_like(loader))
         raise _unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
+
+    def _ignored(self, loader: DataLoader[Any]) -> str:
+        """Say that a DataLoader keeps its own batch size, where another one was chosen."""
+        if self.batch_size is None or loader.batch_size in {None, self.batch_size}:
+            return ""
+        return f"the DataLoader keeps its batch_size={loader.batch_size}, not {self.batch_size}"
 
     def _reshard(self, loader: DataLoader[Any], request: LoaderRequest, order: Order) -> Loader:
         if loader.batch_size is None:
