@@ -159,9 +159,6 @@ def test_a_run_resumed_inside_an_epoch_ends_bit_by_bit_like_the_other(
     assert same_weights(straight, resumed)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="core restores the random state after the next epoch drew from it"
-)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumed_between_epochs_ends_bit_by_bit_like_the_other(
     name: str, tmp_path: Path

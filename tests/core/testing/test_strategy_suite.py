@@ -502,7 +502,8 @@ class Unfreezes(Engine):
 class ExchangesWhatTrainedFirst(Engine):
     def begin(self) -> None:
         super().begin()
-        self.trainable = {p for p in self.model.parameters() if p.requires_grad}
+        # A list: the order of a set differs between ranks, and so would their collectives.
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
     def exchange(self) -> None:
         for parameter in self.trainable:
