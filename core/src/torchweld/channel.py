@@ -198,7 +198,7 @@ class Channel:
             waiting = [
                 rank
                 for rank in waiting
-                if not self._store.check([left_key(number, rank)]) and not self._watch.ended(rank)
+                if not self._store.check([left_key(number, rank)]) and self._watch.listens(rank)
             ]
             time.sleep(_POLL_SECONDS)
 

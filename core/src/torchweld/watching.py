@@ -98,8 +98,11 @@ class Watch:
         self._heard.wait(seconds)
         return self.cause
 
-    def ended(self, rank: int) -> bool:
-        """Whether the process of ``rank`` is certainly no more."""
+    def listens(self, rank: int) -> bool:
+        """Whether ``rank`` has arrived and has not ended."""
+        return not self._ended(rank) and rank in self._marks
+
+    def _ended(self, rank: int) -> bool:
         if rank not in self._marks and self._store.check([f"process/{rank}"]):
             self._marks[rank] = bytes(self._store.get(f"process/{rank}")).decode()
         return has_ended(self._marks.get(rank, ""), self._mine)
@@ -124,7 +127,7 @@ class Watch:
                 return bytes(self._store.get(self.failure_key)).decode()
             if self._host is not None and self._host != self._rank:
                 self._host_left = self._host_left or self._has_left(self._host)
-            gone = [rank for rank in self._peers if self.ended(rank) and not self._has_left(rank)]
+            gone = [rank for rank in self._peers if self._ended(rank) and not self._has_left(rank)]
             # A rank may have said why it stops between the two questions.
             if gone and self._store.check([self.failure_key]):
                 return bytes(self._store.get(self.failure_key)).decode()
