@@ -218,24 +218,31 @@ def test_torchrun_ends_all_ranks_on_ctrl_c(tmp_path: Path) -> None:
 # ---- kill -9 at any moment -----------------------------------------------------------------------
 
 
+def _kill_somewhere(place: Path, *resume: str, world_size: int) -> int:
+    """Kill a run in a random moment after its first checkpoint; returns how many there are."""
+    before = len(saved(place / "runs"))
+    with launched(place, "none", "die", "0", *resume, world_size=world_size) as launch:
+        while len(saved(place / "runs")) == before and launch.processes[0].is_alive():
+            time.sleep(0.001)
+        time.sleep(random.SystemRandom().uniform(0, 0.1))
+        launch.send(signal.SIGKILL)
+        launch.codes()
+    return len(saved(place / "runs"))
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_runs_killed_at_any_moment_come_to_the_same_end(world_size: int, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     with launched(tmp_path / "whole", "none", "die", "0", world_size=world_size) as launch:
         assert launch.codes() == [0] * world_size
-    expected = launch.output(0).splitlines()[-1]
+        expected = launch.output(0).splitlines()[-1]
 
-    for attempt in range(20):
+    for attempt in range(25):
         place = tmp_path / str(attempt)
         place.mkdir()
-        resume: list[str] = []
-        for _ in range(3):
-            with launched(place, "none", "die", "0", *resume, world_size=world_size) as launch:
-                time.sleep(random.SystemRandom().uniform(0.2, 1.5))
-                launch.send(signal.SIGKILL)
-                launch.codes()
-            resume = ["last"] if saved(place) else []
-        with launched(place, "none", "die", "0", *resume, world_size=world_size) as launch:
+        _kill_somewhere(place, world_size=world_size)
+        assert _kill_somewhere(place, "last", world_size=world_size) > 0
+        with launched(place, "none", "die", "0", "last", world_size=world_size) as launch:
             assert launch.codes() == [0] * world_size
-        assert launch.output(0).splitlines()[-1] == expected
+            assert launch.output(0).splitlines()[-1] == expected
