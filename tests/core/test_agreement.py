@@ -20,6 +20,7 @@ from torch.optim import SGD
 from tests.core.small_runs import different, make_data, make_model, quiet_trainer, weights
 from torchweld import Component, Trainer, use
 from torchweld.errors import (
+    CheckpointError,
     InvalidArgument,
     PlanError,
     PluginError,
@@ -336,3 +337,19 @@ def test_evaluation_prediction_and_export_follow_a_fit_on_two_ranks(tmp_path: Pa
     assert first["metrics"]["loss"] == pytest.approx(loss, rel=1e-6)
     assert different(first["exported"], first["model"]) == []
     assert len(first["outputs"]) + len(second["outputs"]) == len(data)
+
+
+def _export_where_nobody_can(root: str) -> tuple[type[BaseException] | None, str]:
+    trainer = bare(strategy="ddp")
+    fit(trainer)
+    return outcome(lambda: trainer.export(Path(root) / "a file" / "model.safetensors"))
+
+
+def test_an_export_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+
+    results = run_ranks(_export_where_nobody_can, 2, str(tmp_path))
+
+    for kind, text in results:
+        assert kind is CheckpointError
+        assert "the weights could not be written to" in text

@@ -314,8 +314,16 @@ def export_run(wiring: Wiring, path: str | Path) -> Path:
 
     The file's header names the surgeries that renamed or replaced parameters: ``apply_surgery``
     with them makes the model that loads it.
+
+    Raises:
+        CheckpointError: it could not be written; on all ranks.
     """
-    target, ranks = Path(path), wiring.ranks
+    with wiring.ranks.first_cause({"doing": "export"}):
+        return _export_together(wiring, Path(path))
+
+
+def _export_together(wiring: Wiring, target: Path) -> Path:
+    ranks = wiring.ranks
     metadata = {
         "format": "pt",
         "torchweld_surgeries": json.dumps([c.name for c in wiring.plan.surgeries]),

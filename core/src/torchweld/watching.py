@@ -1,7 +1,7 @@
 """Hears that another rank has stopped while this one works, and who is gone without a word.
 
 The main thread may be deep in a collective, where it can neither ask nor be interrupted: gloo waits
-for half an hour, NCCL does not notice at all. So a thread beside it asks twice a second.
+for half an hour, NCCL does not notice at all. So a thread beside it asks four times a second.
 """
 
 from __future__ import annotations
