@@ -9,9 +9,9 @@ import importlib_metadata
 import pytest
 
 from tests.core.distributions import BREAKAGES, Site, break_everything
-from torchweld.discovery import discover
-from torchweld.inventory import Inventory, take_stock
 from torchweld.planning import make_plan
+from torchweld.plugins.discovery import discover
+from torchweld.plugins.inventory import Inventory, take_stock
 from torchweld.problems import Problem
 from torchweld.registry import Registry
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 import numpy as np
 import pytest
 
-from torchweld.options import build_options, expand_preset, option_rows
+from torchweld.plugins.options import build_options, expand_preset, option_rows
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -30,7 +30,7 @@ from tests.core.trainings import (
     weights,
 )
 from torchweld.errors import InvalidArgument, LoopError
-from torchweld.run import TrainingRun
+from torchweld.loop.run import TrainingRun
 from torchweld.testing import run_ranks
 
 Batches = list[Any]

@@ -6,9 +6,9 @@ import pytest
 
 from tests.core.problem_examples import example, example_plans
 from torchweld.errors import InvalidArgument
-from torchweld.explain import problem_text
 from torchweld.pages import code_page, page_codes
 from torchweld.problems import TITLES
+from torchweld.resolving.explain import problem_text
 
 
 def test_every_code_has_a_page_and_no_page_lacks_a_code() -> None:

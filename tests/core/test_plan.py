@@ -17,11 +17,11 @@ from tests.core.stand_ins import choose, chosen, surgery
 from torchweld import Claims, Settings, use
 from torchweld.components import Chosen, Component, Origin
 from torchweld.errors import PlanError
-from torchweld.explain import render_problems
 from torchweld.identity import identity
 from torchweld.plan import Plan
 from torchweld.problems import Problem
 from torchweld.resolve import resolve
+from torchweld.resolving.explain import render_problems
 
 ARTICLE = chosen("channels_last", "label_smoothing", "cutmix", "blurpool", "ffcv", "deepspeed")
 TWO = {"world>1": True}

@@ -22,7 +22,7 @@ from tests.core.trainings import (
 )
 from torchweld import Claims, Component, Parts, apply_surgery
 from torchweld.errors import PluginError, SurgeryError
-from torchweld.surgery import difference, snapshot
+from torchweld.model.surgery import difference, snapshot
 from torchweld.testing import empty_registry
 
 Surgery = Callable[[Parts], Any]

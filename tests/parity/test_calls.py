@@ -17,7 +17,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchweld import Trainer
-from torchweld.run import TrainingRun
+from torchweld.loop.run import TrainingRun
 
 STEPS = 100
 ALLOWED = {"fit": 5.0, "own_loop": 8.0}

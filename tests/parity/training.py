@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torchweld import Trainer, use
-from torchweld.run import TrainingRun
+from torchweld.loop.run import TrainingRun
 
 EPOCHS = 2
 BATCH = 4

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchweld.components import Chosen, Settings
 from torchweld.errors import PlanError
-from torchweld.explain import explain_plan, render_problems
 from torchweld.identity import identity
+from torchweld.resolving.explain import explain_plan, render_problems
 
 if TYPE_CHECKING:
-    from torchweld.adaptation import Adjustment
-    from torchweld.conflicts import Deferred
-    from torchweld.ordering import Edge
     from torchweld.problems import Problem
+    from torchweld.resolving.adaptation import Adjustment
+    from torchweld.resolving.conflicts import Deferred
+    from torchweld.resolving.ordering import Edge
 
 SHORT = 6
 """Characters of the digest that are printed."""

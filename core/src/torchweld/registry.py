@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchweld.choosing import choose, usable
 from torchweld.claims import Claims, Phase
 from torchweld.components import Choice, Chosen, Settings
-from torchweld.discovery import Broken, switch_off_hint
 from torchweld.guard import attempt
-from torchweld.inventory import Inventory, stock_of, take_stock
-from torchweld.offers import Offered, Plugin, items_of
-from torchweld.options import build_options
+from torchweld.plugins.choosing import choose, usable
+from torchweld.plugins.discovery import Broken, switch_off_hint
+from torchweld.plugins.inventory import Inventory, stock_of, take_stock
+from torchweld.plugins.offers import Offered, Plugin, items_of
+from torchweld.plugins.options import build_options
 from torchweld.problems import Problem
 
 if TYPE_CHECKING:

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torchweld.adaptation import Adapted, adapt
 from torchweld.components import Chosen, Settings
-from torchweld.conflicts import Deferred, find_conflicts, find_deferred
-from torchweld.declared import unknown_words
-from torchweld.findings import in_order, merge, settle_severities
-from torchweld.known import Known, check_facts
-from torchweld.ordering import Ordered, order
 from torchweld.plan import Plan, Settled, make_digest
 from torchweld.problems import Problem
-from torchweld.suggestions import with_fixes
+from torchweld.resolving.adaptation import Adapted, adapt
+from torchweld.resolving.conflicts import Deferred, find_conflicts, find_deferred
+from torchweld.resolving.declared import unknown_words
+from torchweld.resolving.findings import in_order, merge, settle_severities
+from torchweld.resolving.known import Known, check_facts
+from torchweld.resolving.ordering import Ordered, order
+from torchweld.resolving.suggestions import with_fixes
 
 
 def resolve(

@@ -11,10 +11,15 @@ import torch
 from torch import nn
 
 from torchweld.components import Choice, Settings
-from torchweld.console import Console
 from torchweld.errors import InvalidArgument
-from torchweld.evaluating import EvaluationRequest, evaluate_model, predict_model
-from torchweld.flags import (
+from torchweld.interfaces import Parts, Result
+from torchweld.loop.console import Console
+from torchweld.model.remaking import operate_all
+from torchweld.planning import auto_strategy, make_plan
+from torchweld.processes.ranks import launched_world_size
+from torchweld.registry import Registry
+from torchweld.setup.evaluating import EvaluationRequest, evaluate_model, predict_model
+from torchweld.setup.flags import (
     Duration,
     Extras,
     as_callbacks,
@@ -25,20 +30,15 @@ from torchweld.flags import (
     parse_precision,
     parse_seed,
 )
-from torchweld.interfaces import Parts, Result
-from torchweld.launching import Launched, start
-from torchweld.opening import open_run
-from torchweld.planning import auto_strategy, make_plan
-from torchweld.ranks import launched_world_size
-from torchweld.registry import Registry
-from torchweld.remaking import operate_all
-from torchweld.requests import Config, FitRequest
-from torchweld.setting_up import wire
-from torchweld.versions import headline
+from torchweld.setup.launching import Launched, start
+from torchweld.setup.opening import open_run
+from torchweld.setup.requests import Config, FitRequest
+from torchweld.setup.setting_up import wire
+from torchweld.setup.versions import headline
 
 if TYPE_CHECKING:
+    from torchweld.loop.run import TrainingRun
     from torchweld.plan import Plan
-    from torchweld.run import TrainingRun
 
 
 class Trainer:

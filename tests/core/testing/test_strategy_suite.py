@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torchweld.claims import Claims
 from torchweld.components import Component, Settings
 from torchweld.interfaces import Env, Prepared, SetupRequest, Shard, ShardReader
-from torchweld.names import persistent_buffers
+from torchweld.model.names import persistent_buffers
 from torchweld.nesting import cast_floats
 from torchweld.strategies.optimizer_state import optimizer_shards, restore_optimizer
 from torchweld.testing import StrategyConformance

@@ -55,7 +55,7 @@ def plan(
     """
     # Only this command resolves; `torchweld plugins` has 0.3 s in all.
     from torchweld.cli.planned import plan_of_words
-    from torchweld.explain import render_problems
+    from torchweld.resolving.explain import render_problems
 
     registry = Registry.installed()
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchweld.components import Choice, Settings, Use
 from torchweld.errors import InvalidArgument
-from torchweld.options import build_options
+from torchweld.plugins.options import build_options
 from torchweld.spelling import did_you_mean
 
 _ARGUMENTS = ("strategy", "data", "val_data", "surgery")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from torchweld.cli.screens import broken_line
-from torchweld.discovery import Broken, names_of
+from torchweld.plugins.discovery import Broken, names_of
 from torchweld.registry import Registry
 from torchweld.spelling import canonical, did_you_mean
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torchweld.claims import Phase
-from torchweld.discovery import Broken, Found, outside_site_packages
-from torchweld.inventory import Inventory
-from torchweld.offers import Offered
-from torchweld.options import option_rows
-from torchweld.requirements import Need, compare, installed_version
+from torchweld.plugins.discovery import Broken, Found, outside_site_packages
+from torchweld.plugins.inventory import Inventory
+from torchweld.plugins.offers import Offered
+from torchweld.plugins.options import option_rows
+from torchweld.plugins.requirements import Need, compare, installed_version
 
 _WIDTH = 100
 _ORDER: tuple[Phase, ...] = ("strategy", "data", "surgery")

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchweld.interfaces import Prepared, Shard, ShardReader
-from torchweld.names import persistent_buffers
-from torchweld.precision import forward_under
+from torchweld.model.names import persistent_buffers
+from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizer_state import optimizer_shards, restore_optimizer
 from torchweld.strategies.optimizing import OptimizerStep
 

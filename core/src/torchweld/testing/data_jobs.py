@@ -18,7 +18,7 @@ from torchweld.components import Use
 from torchweld.interfaces import Loader, LoaderRequest
 from torchweld.nesting import map_tensors
 from torchweld.planning import make_plan
-from torchweld.ranks import launch
+from torchweld.processes.ranks import launch
 from torchweld.testing.registry import empty_registry
 
 if TYPE_CHECKING:

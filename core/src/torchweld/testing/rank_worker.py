@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchweld import ranks
+from torchweld.processes import ranks
 
 _SETTLE_SECONDS = 0.005  # for gloo's threads to let go of the last tensors
 

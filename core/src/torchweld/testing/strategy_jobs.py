@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchweld.checkpoint import Checkpoint, write
 from torchweld.interfaces import Env
-from torchweld.names import canonical
+from torchweld.model.names import canonical
 from torchweld.nesting import map_tensors
 from torchweld.testing.states import Kept
 from torchweld.testing.strategy_session import (

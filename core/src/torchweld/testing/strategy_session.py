@@ -15,8 +15,8 @@ from torch.optim import SGD
 
 from torchweld.components import Chosen, Settings
 from torchweld.interfaces import Env, OptimizerFactory, Prepared, SetupRequest, Strategy
-from torchweld.parameters import make_groups
-from torchweld.ranks import Ranks, launch
+from torchweld.model.parameters import make_groups
+from torchweld.processes.ranks import Ranks, launch
 from torchweld.testing.states import Kept, keep
 
 LR = 1024.0

@@ -22,11 +22,11 @@ from torchweld import rng
 from torchweld.checkpoint import encode
 from torchweld.components import Chosen, Component, Settings, Use
 from torchweld.interfaces import Parts
+from torchweld.model.parameters import make_groups
+from torchweld.model.surgery import Difference, check_claims, difference, operate, snapshot
 from torchweld.nesting import map_tensors, tensors
-from torchweld.parameters import make_groups
 from torchweld.plan import Plan
 from torchweld.planning import make_plan
-from torchweld.surgery import Difference, check_claims, difference, operate, snapshot
 from torchweld.testing import models
 from torchweld.testing.registry import empty_registry
 from torchweld.testing.states import assert_same_state

@@ -1,0 +1,1 @@
+"""The training loop: batches and steps within, everything else at its borders."""

@@ -1,0 +1,240 @@
+"""What happens between two segments: the only place where anything is read, logged or called."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchweld.errors import InvalidArgument, RunError
+from torchweld.interfaces import Border
+from torchweld.model.parameters import TrainableWatch
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Loader
+    from torchweld.loop.run import TrainingRun
+
+
+class Borders:
+    """Does the work of a border, in one fixed order, on every rank.
+
+    Attributes:
+        metrics: the newest value of everything that was measured.
+        stop_asked: this rank wants the run to end.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._wiring = run.wiring
+        self.metrics: dict[str, float] = {}
+        self.stop_asked = False
+        self._marks: set[int] = set()
+        self._since = time.monotonic()
+        self._validated_at: int | None = None
+        self._watch = TrainableWatch(run.wiring.prepared.named_parameters())
+        self._finished = self._warned = False
+
+    def start(self) -> None:
+        """The border before the first step."""
+        self._wiring.console.start(self._wiring.table, self._run.progress)
+        self._call({"fit_start"})
+        self._since = time.monotonic()
+
+    def marks(self) -> list[int | None]:
+        """The next steps at which callbacks, or the bar, want a border."""
+        progress = self._run.progress
+        callbacks = (c for c in self._wiring.callbacks if hasattr(c, "next_due"))
+        due = [c.next_due(progress) for c in callbacks]
+        self._marks = {mark for mark in due if mark is not None}
+        return [*due, self._wiring.console.next_refresh(progress.step)]
+
+    def work(self, *, weighed: bool) -> None:
+        """Do what is due now.
+
+        Args:
+            weighed: the segment was the last window of an epoch, whose batches were counted.
+        """
+        self._fold_losses(weighed=weighed)
+        kinds = self._kinds()
+        if kinds:
+            self._agree(kinds)
+        self._wiring.console.refresh(self._run.progress, self.metrics)
+
+    def _fold_losses(self, *, weighed: bool) -> None:
+        recorder, feed = self._wiring.recorder, self._wiring.feed
+        seen = self._run.weigher.seen if weighed else None
+        if seen is not None:
+            samples = sum(seen)
+        elif feed.counts_samples:
+            samples = feed.take_count()
+        else:
+            samples = len(recorder.losses) * (feed.loader.batch_size or 1)
+        recorder.close_segment(samples, seen)
+
+    def _kinds(self) -> set[str]:
+        """What this border is; none for one that only moves the bar."""
+        position, table = self._run.position, self._wiring.table
+        kinds = {"epoch_end"} if self._end_epoch() else set()
+        if position.step in self._marks or table.log_is_due(position.step) or kinds:
+            kinds.add("due")
+        if table.exchange_is_due(position.step):
+            kinds.add("due")
+        epoch_end = "epoch_end" in kinds
+        if table.validation_is_due(position.step, position.epoch, epoch_end=epoch_end):
+            kinds |= {"due", "eval_end"} if self._wiring.validation.loaders else {"due"}
+        return kinds
+
+    def _end_epoch(self) -> bool:
+        position, feed = self._run.position, self._wiring.feed
+        if feed.num_batches is None:
+            # Ranks come to the ends of such epochs at different steps: no border of theirs.
+            ended = feed.epoch > position.epoch
+            position.epoch = feed.epoch
+            return ended and self._wiring.ranks.world_size == 1
+        if position.steps_in_epoch < self._wiring.table.steps_per_epoch_known:
+            return False
+        position.epoch += 1
+        position.batch = position.steps_in_epoch = 0
+        return True
+
+    def _agree(self, kinds: set[str]) -> None:
+        self._check_trainable()
+        step = self._run.position.step
+        self._reduce()
+        if "eval_end" in kinds:
+            self._validate()
+        if kinds & {"epoch_end", "eval_end"} or self._wiring.table.log_is_due(step):
+            self._log(step)
+        self._call(kinds)
+        if kinds & {"epoch_end", "eval_end"}:
+            self._agree_to_stop()
+        if "epoch_end" in kinds:
+            self._wiring.console.end_epoch(self._run.progress, self.metrics, self._saved_note())
+        self._since = time.monotonic()
+
+    def _reduce(self) -> None:
+        totals = self._wiring.recorder.reduce(
+            stop=self.stop_asked, grad_norm=self._wiring.prepared.grad_norm()
+        )
+        self._run.position.samples += totals.samples
+        self.metrics.update(totals.metrics)
+        seconds = time.monotonic() - self._since
+        if totals.samples and seconds > 0:
+            self.metrics["samples_per_second"] = totals.samples / seconds
+        self.metrics["epoch"] = float(self._run.position.epoch)
+        self.metrics.update(self._learning_rates())
+        self._run.stopping |= totals.stop
+        is_finite = math.isfinite(self.metrics.get("train_loss", 0.0))
+        if not is_finite and not self._warned:
+            self._warned = True
+            self._wiring.console.warn(
+                f"the loss is {self.metrics['train_loss']} in or before step "
+                f"{self._run.position.step}: lower the learning rate or clip gradients "
+                "(gradient_clip_val=1.0)"
+            )
+
+    def _learning_rates(self) -> dict[str, float]:
+        optimizer = self._wiring.prepared.optimizer
+        groups = optimizer.param_groups if optimizer is not None else []
+        rates = [float(group["lr"]) for group in groups if "lr" in group]
+        return {"lr" if i == 0 else f"lr/{i}": rate for i, rate in enumerate(rates)}
+
+    def _agree_to_stop(self) -> None:
+        """A callback may have asked just now; the end of an epoch is worth one more question."""
+        if self._wiring.ranks.world_size == 1:
+            self._run.stopping |= self.stop_asked
+            return
+        flag = torch.tensor(float(self.stop_asked), device=self._run.env.device)
+        self._run.stopping |= bool(self._wiring.ranks.sum(flag) > 0)
+
+    def _check_trainable(self) -> None:
+        thawed, frozen = self._watch.changes()
+        for names, token, verb in (
+            (thawed, "params.may_unfreeze", "became trainable"),
+            (frozen, "params.may_freeze", "was frozen"),
+        ):
+            if names and token not in self._wiring.provides:
+                raise RunError(
+                    f"{names[0]!r} {verb} during the run, and this strategy does not provide "
+                    f"{token!r}: processes would drift apart without a word; do it before training"
+                )
+
+    # ---- validation ------------------------------------------------------------------------
+
+    def evaluate(self, data: Any = None) -> Mapping[str, float]:
+        """Evaluate on ``data`` (plain names), or on ``val=`` (names as logged)."""
+        if data is None:
+            if not self._wiring.validation.loaders:
+                raise InvalidArgument("run.evaluate() needs data: give val= to fit or prepare")
+            return self._validation_metrics()
+        loader = self._wiring.make_loader(data)
+        try:
+            return self._wiring.evaluator.evaluate(loader)
+        finally:
+            loader.close()
+
+    def _validate(self) -> None:
+        self._call({"eval_start"})
+        doing, self._run.where["doing"] = self._run.where["doing"], "validation"
+        self.metrics.update(self._validation_metrics())
+        self._run.where["doing"] = doing
+        self._validated_at = self._run.position.step
+
+    def _validation_metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, loader in self._wiring.validation.loaders.items():
+            limit = self._wiring.validation.num_batches(loader)
+            result = self._wiring.evaluator.evaluate(loader, limit=limit)
+            found.update({f"val_{k}/{name}" if name else f"val_{k}": v for k, v in result.items()})
+        return found
+
+    # ---- callbacks, loggers, the end ------------------------------------------------------------
+
+    def _call(self, kinds: set[str]) -> None:
+        border = Border(frozenset(kinds), self._run.progress, dict(self.metrics))
+        for callback in self._wiring.callbacks:
+            callback.at(border, self._run)
+
+    def _log(self, step: int) -> None:
+        for logger in self._wiring.loggers:
+            logger.log_metrics(self.metrics, step=step)
+
+    def _saved_note(self) -> str:
+        saved = [getattr(callback, "last", None) for callback in self._wiring.callbacks]
+        step = f"step-{self._run.position.step}"
+        return next((f"checkpoint {p.name}" for p in saved if p is not None and p.name == step), "")
+
+    def finish(self) -> None:
+        """The border after the last step: validation if it is due, then the callbacks."""
+        if self._finished:
+            return
+        validation, step = self._wiring.validation, self._run.position.step
+        if validation.loaders and self._validated_at != step and step > 0:
+            self._validate()
+            self._log(step)
+        self._call({"fit_end"})
+        self._end("success")
+
+    def abandon(self, error: BaseException | None) -> None:
+        """End after an error: nothing is validated or saved, what is open is closed."""
+        if not self._finished:
+            note = self._run.where.get("note")
+            if note is not None and error is not None:
+                self._wiring.console.warn(str(note))
+            self._end("failed")
+
+    def _end(self, status: str) -> None:
+        self._finished = True
+        self._wiring.console.clear()
+        for logger in self._wiring.loggers:
+            if hasattr(logger, "finalize"):
+                logger.finalize(status)
+        loaders: list[Loader] = [
+            self._wiring.feed.loader,
+            *self._wiring.validation.loaders.values(),
+        ]
+        for loader in loaders:
+            loader.close()

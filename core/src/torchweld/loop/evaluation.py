@@ -1,0 +1,263 @@
+"""Evaluation: every sample once, weighted by real counts, exact over several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchweld import rng
+from torchweld.errors import InvalidArgument, RunError
+from torchweld.model.facts import check_counts, named_loss
+from torchweld.nesting import move
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Loader, Metric
+    from torchweld.loop.handle import Handle
+    from torchweld.processes.ranks import Ranks
+
+
+_SAMPLES = " samples"  # no name that a metric can have
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What evaluation needs, bound once.
+
+    Attributes:
+        handle: the model.
+        is_collective: every rank must evaluate as many batches.
+        forward: ``batch -> (outputs, targets)``, the user's ``eval_step`` or the default.
+        loss: ``(outputs, targets) -> loss``, or None where only the model knows it.
+        metrics: name to callable or metric object.
+        transform: moves a batch to the device and applies the input transforms.
+        model: whose layers are in evaluation meanwhile, each back in its own mode afterwards.
+    """
+
+    handle: Handle
+    is_collective: bool
+    ranks: Ranks
+    forward: Callable[[Any], tuple[Any, Any]]
+    loss: Callable[[Any, Any], Any] | None
+    metrics: Mapping[str, Metric]
+    transform: Callable[[Any], Any] | None
+    model: nn.Module
+
+    def evaluate(self, loader: Loader, *, limit: int | None = None) -> dict[str, float]:
+        """Return ``loss`` and every metric over ``loader``, equal on all ranks.
+
+        Every rank must call it. The random state is left as it was, so that evaluating does not
+        change what is trained afterwards.
+
+        Raises:
+            RunError: the loader had nothing to read.
+        """
+        with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
+            loader.set_epoch(0)
+            sums, counts = self._sums(islice(self._in_step(loader), limit), loader)
+            result = self._reduce(sums, counts)
+            result.update(self._computed())
+        return result
+
+    def predict(self, loader: Loader) -> list[Any]:
+        """Return this rank's outputs, batch by batch, in order; every rank must call it."""
+        outputs: list[Any] = []
+        with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
+            loader.set_epoch(0)
+            for batch in self._in_step(loader):
+                result = self.forward(self._prepared_batch(batch))[0]
+                if loader.samples(batch) > 0:
+                    outputs.append(result)
+        return outputs
+
+    def _in_step(self, loader: Loader) -> Iterator[Any]:
+        """The batches of ``loader``; where evaluation is a collective, all ranks get as many."""
+        if self.is_collective and loader.num_batches is None:
+            raise RunError(
+                "evaluation under this strategy needs every process to read as many batches, and "
+                "the data has no length: give it one, or evaluate on a Dataset"
+            )
+        return iter(loader)
+
+    def _prepared_batch(self, batch: Any) -> Any:
+        return batch if self.transform is None else self.transform(batch)
+
+    def _sums(
+        self, batches: Iterator[Any], loader: Loader
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        sums: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            if hasattr(metric, "reset"):
+                metric.reset()
+            else:
+                sums[name], counts[name] = 0.0, 0.0
+        sums["loss"], counts["loss"] = 0.0, 0
+        sums[_SAMPLES], counts[_SAMPLES] = 0, 0
+        for batch in batches:
+            samples = loader.samples(batch)
+            outputs, targets = self.forward(self._prepared_batch(batch))
+            counts[_SAMPLES] += samples
+            if samples == 0:  # only there to keep the ranks in step
+                continue
+            loss = self._loss(outputs, targets)
+            if loss is not None:
+                sums["loss"] = sums["loss"] + loss.double() * samples
+                counts["loss"] += samples
+            self._count(outputs, targets, sums, counts)
+        return sums, counts
+
+    def _loss(self, outputs: Any, targets: Any) -> torch.Tensor | None:
+        if self.loss is not None:
+            return named_loss(self.loss(outputs, targets))  # type: ignore[no-any-return]  # the user's
+        found = (
+            outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        )
+        return found if isinstance(found, torch.Tensor) and found.dim() == 0 else None
+
+    def _count(
+        self, outputs: Any, targets: Any, sums: dict[str, Any], counts: dict[str, Any]
+    ) -> None:
+        for name, metric in self.metrics.items():
+            if hasattr(metric, "update"):
+                metric.update(outputs, targets)
+                continue
+            result = metric(outputs, targets)
+            check_counts(name, result)
+            sums[name] = sums[name] + result[0]
+            counts[name] = counts[name] + result[1]
+
+    def _reduce(self, sums: dict[str, Any], counts: dict[str, Any]) -> dict[str, float]:
+        names = sorted(sums)
+        device = self.ranks.env.device
+        values = [
+            float(v) if not isinstance(v, torch.Tensor) else v
+            for n in names
+            for v in (sums[n], counts[n])
+        ]
+        table = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+        )
+        totals = self.ranks.sum(table).tolist()
+        pairs = {n: (totals[2 * i], totals[2 * i + 1]) for i, n in enumerate(names)}
+        if pairs.pop(_SAMPLES)[1] == 0:
+            raise RunError("evaluation read no sample: the data is empty, or was read before")
+        return {n: total / count for n, (total, count) in pairs.items() if count}
+
+    def _computed(self) -> dict[str, float]:
+        objects = {n: m for n, m in self.metrics.items() if hasattr(m, "compute")}
+        return {n: float(metric.compute()) for n, metric in objects.items()}
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave every layer in the mode in which it was found, a frozen BatchNorm in evaluation."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class evaluating:
+    """Switch to evaluation without gradients, and back to training when left.
+
+    ``no_grad``, not ``inference_mode``: a first forward in the latter breaks FSDP2's training.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._handle.mode(False)
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(*error)
+        self._handle.mode(True)
+
+
+def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
+    """Refuse metrics that cannot be exact over several ranks.
+
+    Raises:
+        InvalidArgument: neither callable nor a metric object, or an object that reduces nothing.
+    """
+    for name, metric in metrics.items():
+        is_object = all(hasattr(metric, part) for part in ("update", "compute", "reset"))
+        if not is_object and not callable(metric):
+            raise InvalidArgument(
+                f"metric {name!r} is a {type(metric).__name__}: give (outputs, targets) -> "
+                "(sum, count), or an object with update, compute and reset"
+            )
+        if is_object and world_size > 1 and not hasattr(metric, "sync"):
+            raise InvalidArgument(
+                f"metric {name!r} ({type(metric).__name__}) has no sync(): its value would be each "
+                f"process's own over {world_size}; give (outputs, targets) -> (sum, count)"
+            )
+
+
+def bind_forward(
+    prepared_forward: Callable[..., Any], *, takes_targets: bool = False
+) -> Callable[[Any], tuple[Any, Any]]:
+    """The default step of evaluation: pairs through ``forward(inputs)``, mappings by keyword.
+
+    Args:
+        takes_targets: the model returns its loss, so it is called with whole pairs.
+    """
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, Mapping):
+            return prepared_forward(**batch), batch
+        if isinstance(batch, (tuple, list)):
+            check_pair(batch)
+            if takes_targets:
+                return prepared_forward(*batch), batch[-1]
+            return prepared_forward(batch[0]), batch[1] if len(batch) == 2 else None
+        return prepared_forward(batch), None
+
+    return forward
+
+
+def check_pair(batch: Sequence[Any]) -> None:
+    """Refuse a sequence that evaluation cannot read: it has inputs, and targets perhaps.
+
+    Raises:
+        InvalidArgument: says how many items there are.
+    """
+    if len(batch) not in {1, 2}:
+        raise InvalidArgument(
+            f"a batch is a {type(batch).__name__} of {len(batch)} items: evaluation knows pairs "
+            "(inputs, targets) and mappings; give eval_step=(run, batch) -> (outputs, targets)"
+        )
+
+
+def bind_transform(
+    device: torch.device, on_device: bool, transforms: tuple[Callable[[Any], Any], ...]
+) -> Callable[[Any], Any] | None:
+    """Return what brings a batch to the device and through the input transforms, None for nothing.
+
+    Input transforms see ``inputs`` of a pair, or a whole mapping.
+    """
+    moves = device.type != "cpu" and not on_device
+    if not moves and not transforms:
+        return None
+
+    def transform(batch: Any) -> Any:
+        if moves:
+            batch = move(batch, device)
+        for change in transforms:
+            if isinstance(batch, (tuple, list)):
+                batch = (change(batch[0]), *batch[1:])
+            else:
+                batch = change(batch)
+        return batch
+
+    return transform

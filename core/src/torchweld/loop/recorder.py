@@ -1,0 +1,111 @@
+"""Losses and other scalars of a run: kept on the device, read once a border."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchweld.errors import LoopError
+
+if TYPE_CHECKING:
+    from torchweld.processes.ranks import Ranks
+
+
+class Totals(NamedTuple):
+    """What all ranks together did since the last agreed border."""
+
+    metrics: dict[str, float]
+    samples: int
+    stop: bool
+
+
+class Recorder:
+    """Collects per micro-batch on the device and reduces once a border.
+
+    Attributes:
+        losses: detached losses of the running segment; the inner loops append.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.losses: list[Tensor] = []
+        self._ranks = ranks
+        self._loss_sum: Tensor | None = None
+        self._samples = 0
+        self._named: dict[str, list[Any]] = {}
+
+    def note(self, scalars: Mapping[str, Any]) -> None:
+        """Keep scalars by name; tensors stay on the device."""
+        for name, value in scalars.items():
+            kept = value.detach() if isinstance(value, Tensor) else float(value)
+            self._named.setdefault(name, []).append(kept)
+
+    def close_segment(self, samples: int, weights: list[int] | None = None) -> None:
+        """Fold the losses of a segment into one sum over its samples; does not wait.
+
+        Args:
+            samples: real samples of the segment on this rank.
+            weights: samples of each batch where they are not all equal.
+        """
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses)
+        if weights is None:
+            total = losses.mean(dtype=torch.float64) * samples
+        else:
+            total = (losses * losses.new_tensor(weights, dtype=torch.float64)).sum()
+        self._loss_sum = total if self._loss_sum is None else self._loss_sum + total
+        self._samples += samples
+        self.losses.clear()
+
+    def reduce(self, *, stop: bool, grad_norm: Tensor | None = None) -> Totals:
+        """Add up over all ranks: one reduction, one read. Every rank must call it.
+
+        Args:
+            stop: this rank asks for the end of the run.
+            grad_norm: of the last step, equal on all ranks.
+
+        Raises:
+            LoopError: ranks logged different names.
+        """
+        names = sorted(self._named)
+        signature = float(zlib.crc32("\n".join(names).encode()))
+        numbers = [0.0, 0.0, self._samples, stop, signature, signature**2]
+        table = torch.tensor(numbers, dtype=torch.float64, device=self._ranks.env.device)
+        for place, measured in enumerate((self._loss_sum, grad_norm)):
+            if measured is not None:
+                table[place] = measured
+        loss, norm, samples, stops, *signatures = self._ranks.sum(table).tolist()
+        self._check_names(signature, signatures, names)
+        metrics = {"train_loss": loss / samples} if samples else {}
+        if grad_norm is not None:
+            metrics["grad_norm"] = norm / self._ranks.world_size
+        metrics |= self._reduce_named(names)
+        self._loss_sum, self._samples = None, 0
+        return Totals(metrics, round(samples), stops > 0)
+
+    def _check_names(self, mine: float, sums: list[float], names: list[str]) -> None:
+        """Compare by sum and sum of squares: together they are right only if all are alike."""
+        world, (total, squares) = self._ranks.world_size, sums
+        if total != world * mine or not math.isclose(squares, world * mine**2, rel_tol=1e-12):
+            raise LoopError(
+                f"the processes logged different names at one border; rank {self._ranks.rank} "
+                f"logged {names}: call run.log with the same names on every process"
+            )
+
+    def _reduce_named(self, names: list[str]) -> dict[str, float]:
+        if not names:
+            return {}
+        means = [self._mean(self._named[name]) for name in names]
+        table = self._ranks.sum(torch.stack(means)) / self._ranks.world_size
+        self._named.clear()
+        return dict(zip(names, table.tolist(), strict=True))
+
+    def _mean(self, values: list[Any]) -> Tensor:
+        device = self._ranks.env.device
+        tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+        return torch.stack(tensors).mean()

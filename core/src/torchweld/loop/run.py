@@ -1,0 +1,203 @@
+"""A run: what ``fit`` and an own loop are both written with, over the same borders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchweld.errors import InvalidArgument, LoopError
+from torchweld.interfaces import Env, Progress
+from torchweld.loop.borders import Borders
+from torchweld.loop.fit_loop import FitLoop
+from torchweld.loop.own_loop import OwnLoop
+from torchweld.loop.saving import export_run, save_run
+from torchweld.loop.timetable import Segment, next_segment
+from torchweld.loop.weighing import Weigher
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from torchweld.loop.wiring import Wiring
+    from torchweld.plan import Plan
+
+
+@dataclass
+class Position:
+    """Where a run is; ``batch`` and ``steps_in_epoch`` are of the running epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    steps_in_epoch: int = 0
+    samples: int = 0
+
+
+class TrainingRun:
+    """One training run; ``torchweld.interfaces.Run`` says what each name promises.
+
+    ``batches``, ``backward`` and ``step`` are the own loop's, bound here so that a call is one
+    call.
+
+    Attributes:
+        wiring: what the set-up made.
+        position: where the run is.
+        plan: with the facts of fit.
+        where: what to say about the run when something fails.
+        stopping: no further segment is begun.
+        guard: entered around an own loop; tells the other ranks of an error here.
+    """
+
+    batches: Callable[[], Iterator[Any]]
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+    loss: Callable[[Any, Any], Any]
+
+    def __init__(self, wiring: Wiring, where: dict[str, Any]) -> None:
+        self.position = Position()
+        self.where = where
+        self.stopping = False
+        self.guard = ExitStack()
+        self._closed = False
+        self.rewire(wiring)
+
+    def rewire(self, wiring: Wiring) -> None:
+        """Take the parts of the run; again once those that want the run have been bound to it."""
+        self.wiring = wiring
+        self.plan: Plan = wiring.plan
+        self.weigher = Weigher(wiring.feed.loader, wiring.ranks.world_size, self.position)
+        self.borders = Borders(self)
+        self._own = OwnLoop(self)
+        self.batches, self.backward, self.step = (
+            self._own.batches,
+            self._own.backward,
+            self._own.step,
+        )
+        self.loss = _bind_loss(wiring)
+        self.model = wiring.handle
+        self.model.backward, self.model.step = self.backward, self.step
+        self.models = {"model": self.model}
+
+    @property
+    def env(self) -> Env:
+        """This process among the others."""
+        return self.wiring.ranks.env
+
+    @property
+    def progress(self) -> Progress:
+        """Counts up to now; samples up to the last border."""
+        table, position = self.wiring.table, self.position
+        return Progress(
+            position.step,
+            position.epoch,
+            position.samples,
+            table.steps_per_epoch,
+            table.total_steps,
+        )
+
+    def train(self, compute: Callable[[Any], Tensor]) -> None:
+        """Run to the end: inner loop, border, inner loop, and so on.
+
+        Args:
+            compute: ``batch -> loss``.
+        """
+        FitLoop(self, compute).train()
+        self.close()
+
+    def next_segment(self) -> Segment | None:
+        """The steps until the next border; None when the run is over."""
+        if self.stopping:
+            return None
+        position, feed = self.position, self.wiring.feed
+        segment = next_segment(
+            self.wiring.table, position.step, position.steps_in_epoch, self.borders.marks()
+        )
+        if segment is not None:
+            self.where["doing"] = f"step {position.step + 1}"
+            if not feed.is_open(position.epoch):
+                feed.start(position.epoch)
+        return segment
+
+    # ---- at any time -----------------------------------------------------------------------------
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Keep scalars until the next border, where their means are logged."""
+        self.wiring.recorder.note(metrics)
+
+    def evaluate(self, data: Any = None) -> Mapping[str, float]:
+        """Evaluate on ``data``, or on the validation data; every rank must call it."""
+        return self.borders.evaluate(data)
+
+    def gather(self, value: Any) -> Any:
+        """Return the values of all ranks, stacked along a new first dimension."""
+        tensor = torch.as_tensor(value, device=self.env.device)
+        table = tensor.new_zeros((self.env.world_size, *tensor.shape))
+        table[self.env.rank] = tensor
+        return self.wiring.ranks.sum(table)
+
+    def save(self) -> Path:
+        """Write a checkpoint now; every rank must call it.
+
+        Raises:
+            LoopError: inside an accumulation window, or between backward and step.
+        """
+        if self._own.in_window:
+            raise LoopError(
+                "run.save() was called inside an accumulation window: half a gradient cannot be "
+                "saved; call it after the window's last run.step()"
+            )
+        return save_run(self)
+
+    def export(self, path: str | Path) -> Path:
+        """Write the consolidated weights as one safetensors file; every rank must call it."""
+        return export_run(self.wiring, path)
+
+    def stop(self) -> None:
+        """End the run at the next border, on all ranks."""
+        self.borders.stop_asked = True
+
+    def close(self) -> None:
+        """Do the border work that is still pending, and the last border's."""
+        if not self._closed:
+            self._closed = True
+            self._own.close()
+            self.borders.finish()
+            self.guard.close()
+
+    def __enter__(self) -> TrainingRun:  # noqa: PYI034 - Self is in typing from 3.11 on
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._closed = True
+        self.borders.abandon(error)
+        self.guard.__exit__(kind, error, traceback)
+
+
+def _bind_loss(wiring: Wiring) -> Callable[[Any, Any], Any]:
+    """The loss itself where nothing comes before it."""
+    loss, transforms = wiring.loss, wiring.parts.target_transforms
+
+    def missing(_outputs: Any, _targets: Any) -> Any:
+        raise InvalidArgument("run.loss was called, but no loss= was given")
+
+    def transformed(outputs: Any, targets: Any) -> Any:
+        for transform in transforms:
+            targets = transform(outputs, targets)
+        return loss(outputs, targets)  # type: ignore[misc]  # not None where this is returned
+
+    if loss is None:
+        return missing
+    return transformed if transforms else loss

@@ -1,0 +1,136 @@
+"""Everything of one run, made by the set-up and bound once: what a run is written with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from torchweld.interfaces import Callback, Loader, Logger, Parts, Prepared
+    from torchweld.loop.console import Console
+    from torchweld.loop.evaluation import Evaluator
+    from torchweld.loop.feed import Feed
+    from torchweld.loop.handle import Handle
+    from torchweld.loop.recorder import Recorder
+    from torchweld.loop.timetable import Timetable
+    from torchweld.plan import Plan
+    from torchweld.processes.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The data of ``val=``: loaders by name (``""`` for the only one) and how much of each."""
+
+    loaders: Mapping[str, Loader] = field(default_factory=dict)
+    limit: int | float | None = None
+
+    def num_batches(self, loader: Loader) -> int | None:
+        """How many batches to read of ``loader``; None for all."""
+        if self.limit is None or loader.num_batches is None:
+            return self.limit if isinstance(self.limit, int) else None
+        if isinstance(self.limit, float):
+            return max(1, round(loader.num_batches * self.limit))
+        return self.limit
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The parts of a run.
+
+    Attributes:
+        model: the bare module after surgery.
+        parts: with every bindable bound.
+        stateful: component name to objects of its that have ``state_dict``.
+        scheduler: stepped by core after each applied step, or None.
+        directory: of this run, or None where nothing is written.
+        root: ``default_root_dir``, where checkpoints are looked for.
+        model_digest: of names, shapes and dtypes.
+        group_names: names of the parameters in each group of the optimizer.
+        provides: tokens of the strategy.
+        make_loader: ``data -> loader`` for evaluation.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    model: nn.Module
+    parts: Parts
+    prepared: Prepared
+    handle: Handle
+    table: Timetable
+    feed: Feed
+    recorder: Recorder
+    evaluator: Evaluator
+    validation: Validation
+    scheduler: Any | None
+    callbacks: Sequence[Callback]
+    loggers: Sequence[Logger]
+    console: Console
+    stateful: Mapping[str, Any]
+    directory: Path | None
+    root: Path
+    model_digest: str
+    hparams: Mapping[str, Any]
+    group_names: Sequence[Sequence[str]]
+    provides: frozenset[str]
+    make_loader: Callable[[Any], Loader]
+    loss: Callable[[Any, Any], Any] | None
+
+    @property
+    def is_closure(self) -> bool:
+        """Whether the optimizer evaluates the loss itself."""
+        return needs_closure(self.prepared.optimizer)
+
+    @property
+    def forward_is_bare(self) -> bool:
+        """Whether calling the user's module is the same as calling ``run.model``."""
+        return self.prepared.forward is self.model
+
+    def advance(self) -> Callable[[], Any]:
+        """The step of the inner loops: with scheduler and after-steps only where there are any."""
+        step, scheduler = self.prepared.step, self.scheduler
+        after = self.parts.after_step
+        if scheduler is None and not after:
+            return step
+
+        def advance() -> None:
+            if step():
+                if scheduler is not None:
+                    scheduler.step()
+                for act in after:
+                    act()  # type: ignore[operator]  # bound by the set-up
+
+        return advance
+
+    def advance_closure(self) -> Callable[[Callable[[], Tensor]], Any]:
+        """The same for an optimizer that needs a closure."""
+        step, scheduler = self.prepared.step_closure, self.scheduler
+        assert step is not None
+
+        def advance(closure: Callable[[], Tensor]) -> None:
+            if step(closure):
+                if scheduler is not None:
+                    scheduler.step()
+                for act in self.parts.after_step:
+                    act()  # type: ignore[operator]  # bound by the set-up
+
+        return advance
+
+
+def needs_closure(optimizer: Any | None) -> bool:
+    """Whether ``optimizer.step`` cannot do without a closure, as with LBFGS.
+
+    An optimizer whose closure is optional by signature and needed in fact (a SAM wrapper) says so
+    with an attribute ``needs_closure = True``.
+    """
+    if optimizer is None:
+        return False
+    if getattr(optimizer, "needs_closure", False):
+        return True
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,0 +1,1 @@
+"""A model and its parts: names, groups, surgery, and the facts found in them."""

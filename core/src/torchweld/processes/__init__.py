@@ -1,0 +1,1 @@
+"""Several processes that start together, agree, and end together."""

@@ -1,0 +1,137 @@
+"""Evaluation and prediction on their own, with the trained model or another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torchweld.errors import InvalidArgument
+from torchweld.loop.console import Console
+from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
+from torchweld.loop.handle import Handle
+from torchweld.setup.loading import evaluation_loader
+from torchweld.setup.requests import FitRequest, check_functions, check_metric_names
+from torchweld.setup.setting_up import remake, set_up
+from torchweld.setup.versions import headline
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Env, Loader
+    from torchweld.loop.run import TrainingRun
+    from torchweld.plan import Plan
+    from torchweld.setup.launching import Launched
+    from torchweld.setup.requests import Config
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The arguments of ``evaluate`` and ``predict``."""
+
+    model: Any
+    data: Any
+    loss: Any = None
+    eval_step: Any = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    init_weights: Any = None
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """What ``eval_step`` is given where nothing is trained."""
+
+    model: Handle
+    env: Env
+    plan: Plan
+
+
+def evaluate_model(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> dict[str, float]:
+    """Return loss and metrics; of the trained model where there is one."""
+    with (
+        launched.ranks.first_cause({"doing": "evaluation"}),
+        _ready(request, launched, config, trained) as (evaluator, loader),
+    ):
+        return evaluator.evaluate(loader)
+
+
+def predict_model(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> list[Any]:
+    """Return this rank's outputs, batch by batch."""
+    with (
+        launched.ranks.first_cause({"doing": "prediction"}),
+        _ready(request, launched, config, trained) as (evaluator, loader),
+    ):
+        return evaluator.predict(loader)
+
+
+@contextmanager
+def _ready(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> Iterator[tuple[Evaluator, Loader]]:
+    if request.data is None:
+        raise InvalidArgument("data=None: give the data to read, as val= of fit")
+    check_functions(request, "loss", "eval_step")
+    check_metric_names(request.metrics)
+    check_metrics(request.metrics, launched.ranks.world_size)
+    evaluator = _evaluator(request, launched, config, trained)
+    loader = evaluation_loader(launched, request.data)
+    try:
+        yield evaluator, loader
+    finally:
+        loader.close()
+
+
+def _evaluator(
+    request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
+) -> Evaluator:
+    run: TrainingRun | EvaluationRun
+    if trained is None:
+        evaluator, run = _fresh(request, launched, config)
+    else:
+        evaluator, run = trained.wiring.evaluator, trained
+        if request.init_weights is not None:
+            raise InvalidArgument(
+                "init_weights= is for another model than the trained one: give model="
+            )
+    if request.eval_step is not None:
+        evaluator = replace(evaluator, forward=partial(request.eval_step, run))
+    if request.loss is not None:
+        evaluator = replace(evaluator, loss=request.loss)
+    if request.metrics:
+        evaluator = replace(evaluator, metrics=request.metrics)
+    return evaluator
+
+
+def _fresh(
+    request: EvaluationRequest, launched: Launched, config: Config
+) -> tuple[Evaluator, EvaluationRun]:
+    if request.model is None:
+        raise InvalidArgument("model=None: nothing was trained yet; give the model to evaluate")
+    console = Console(speaks=launched.ranks.rank == 0, quiet=config.extras.barebones)
+    fit_request = FitRequest(
+        request.model, loss=request.loss or _no_loss, init_weights=request.init_weights
+    )
+    remade = remake(launched, fit_request, config, console)
+    ready = set_up(remade, console)
+    console.open(headline(launched.plan, launched.ranks.env))
+    handle, env = Handle(ready.prepared), launched.ranks.env
+    evaluator = Evaluator(
+        handle,
+        ready.prepared.evaluate_is_collective,
+        launched.ranks,
+        bind_forward(ready.prepared.evaluate),
+        request.loss,
+        request.metrics,
+        bind_transform(env.device, False, remade.parts.input_transforms),
+        remade.parts.model,
+    )
+    return evaluator, EvaluationRun(handle, env, launched.plan)
+
+
+def _no_loss(_outputs: Any, _targets: Any) -> Any:
+    """Stands for the loss that training would have, so that surgeries of it can be planned."""
+    raise InvalidArgument("evaluate() was given no loss=")

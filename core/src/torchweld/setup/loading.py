@@ -1,0 +1,122 @@
+"""The loaders of a run, and what follows from their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torchweld.errors import InvalidArgument
+from torchweld.interfaces import LoaderRequest, RunFacts
+from torchweld.loop.timetable import Timetable
+from torchweld.loop.wiring import Validation
+from torchweld.processes.agree import smallest
+from torchweld.setup.launching import guarded
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Loader, Parts
+    from torchweld.loop.console import Console
+    from torchweld.setup.flags import Duration
+    from torchweld.setup.launching import Launched
+
+
+def train_loader(launched: Launched, data: Any, parts: Parts, seed: int) -> Loader:
+    """Make the loader of training."""
+    request = LoaderRequest(
+        data=data,
+        train=True,
+        env=launched.ranks.env,
+        seed=seed,
+        sample_transforms=parts.sample_transforms,
+    )
+    return guarded(launched.plan.data, "opened", lambda: launched.data.build(request))
+
+
+def evaluation_loader(launched: Launched, data: Any) -> Loader:
+    """Make a loader for validation, evaluation or prediction."""
+    request = LoaderRequest(data=data, train=False, env=launched.ranks.env, seed=0)
+    chosen = launched.plan.val_data or launched.plan.data
+    return guarded(chosen, "opened", lambda: launched.val_data.build(request))
+
+
+def validation(launched: Launched, sets: Mapping[str, Any], duration: Duration) -> Validation:
+    """Make the loaders of ``val=``."""
+    loaders = {name: evaluation_loader(launched, data) for name, data in sets.items()}
+    return Validation(loaders, duration.limit_val_batches)
+
+
+def make_timetable(
+    launched: Launched, loader: Loader, duration: Duration, log_every: int | None, console: Console
+) -> Timetable:
+    """Decide when everything is due.
+
+    Raises:
+        InvalidArgument: the run has no end, or an epoch no batch.
+    """
+    ranks, settings = launched.ranks, launched.plan.settings
+    num_batches, note = smallest(ranks, "batches an epoch", _limited(loader, duration))
+    if note:
+        console.warn(note)
+    if num_batches is None and duration.max_steps is None:
+        raise InvalidArgument(
+            "the training data has no length: give max_steps=… to say how long to train"
+        )
+    if num_batches == 0:
+        raise InvalidArgument(
+            f"an epoch has no batch on each of {ranks.world_size} processes: the data is smaller "
+            "than a batch and drop_last=True leaves it out; use a smaller batch_size"
+        )
+    endless = duration.max_epochs is None and duration.max_steps is None
+    table = Timetable(
+        accumulate=settings.accumulate_grad_batches,
+        batches_per_epoch=num_batches,
+        max_steps=duration.max_steps,
+        max_epochs=1 if endless else duration.max_epochs,
+        uneven=_is_uneven(loader, num_batches, ranks.world_size),
+        log_every=log_every,
+        val_every_epochs=duration.check_val_every_n_epoch,
+    )
+    return _with_validation_interval(table, duration.val_check_interval)
+
+
+def _limited(loader: Loader, duration: Duration) -> int | None:
+    limit = duration.limit_train_batches
+    if loader.num_batches is None:
+        if isinstance(limit, float):
+            raise InvalidArgument(
+                f"limit_train_batches={limit} is a fraction, and the data has no length: "
+                "give a count"
+            )
+        return limit
+    if limit is None:
+        return loader.num_batches
+    wanted = round(loader.num_batches * limit) if isinstance(limit, float) else limit
+    return min(loader.num_batches, max(1, wanted))
+
+
+def _is_uneven(loader: Loader, num_batches: int | None, world_size: int) -> bool:
+    if num_batches is None or loader.num_samples is None or loader.batch_size is None:
+        return False
+    return num_batches * loader.batch_size * world_size > loader.num_samples
+
+
+def _with_validation_interval(table: Timetable, interval: int | float | None) -> Timetable:
+    if interval is None:
+        return table
+    if isinstance(interval, int):
+        return replace(table, val_every_steps=interval)
+    if table.steps_per_epoch is None:
+        raise InvalidArgument(
+            f"val_check_interval={interval} is a fraction of an epoch, and the data has no length: "
+            "give a number of optimizer steps"
+        )
+    return replace(table, val_every_steps=max(1, round(table.steps_per_epoch * interval)))
+
+
+def run_numbers(loader: Loader, table: Timetable, world_size: int) -> RunFacts:
+    """The numbers that ``torchweld_check_plan`` hooks judge."""
+    last = loader.batch_size
+    if table.uneven and loader.num_samples is not None and loader.batch_size is not None:
+        whole = loader.batch_size * world_size
+        last = (loader.num_samples % whole) // world_size
+    return RunFacts(world_size, loader.batch_size, last, table.steps_per_epoch, table.total_steps)

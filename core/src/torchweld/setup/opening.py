@@ -1,0 +1,218 @@
+"""The last part of the set-up: bind, resume, try the first batch, choose how losses are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchweld import rng
+from torchweld.callbacks import ModelCheckpoint
+from torchweld.errors import InvalidArgument, RunError
+from torchweld.loop.computing import (
+    compute_by_model,
+    compute_by_step,
+    compute_mappings,
+    compute_pairs,
+    with_names,
+)
+from torchweld.loop.evaluation import check_pair
+from torchweld.loop.run import TrainingRun
+from torchweld.loop.saving import check_savable, find_checkpoint, restore_run
+from torchweld.model.facts import batch_facts, try_first_batch
+from torchweld.model.remaking import bind_parts
+from torchweld.nesting import shapes
+from torchweld.setup.setting_up import decided
+
+if TYPE_CHECKING:
+    from torchweld.loop.wiring import Wiring
+    from torchweld.setup.requests import FitRequest
+
+Compute = Callable[[Any], Any]
+
+
+def open_run(
+    wiring: Wiring, request: FitRequest, where: dict[str, Any]
+) -> tuple[TrainingRun, Compute | None]:
+    """Return a run that is ready for step 1, and its ``batch -> loss``.
+
+    Args:
+        where: kept up to date with what the run is doing.
+
+    Returns:
+        The second is None where a resumed run has nothing left to do.
+    """
+    run = TrainingRun(wiring, where)
+    if wiring.directory is not None:
+        check_savable(wiring)
+    _bind(run, request)
+    wiring = run.wiring
+    seed = wiring.plan.settings.seed
+    if seed is not None:
+        rng.seed_all(seed + wiring.ranks.rank)
+    wiring.handle.mode(True)
+    if request.ckpt_path is not None:
+        checkpoint = find_checkpoint(wiring, request.ckpt_path, _monitored(wiring))
+        wiring.console.say(restore_run(run, checkpoint))
+        wiring = run.wiring
+    _log_hparams(wiring)
+    total = wiring.table.total_steps
+    if total is not None and run.position.step >= total:
+        wiring.console.say(f"nothing is left to do: {run.position.step} of {total} steps are done")
+        return run, None
+    compute = _first_batch(run, request)
+    run.borders.start()
+    return run, compute
+
+
+def _bind(run: TrainingRun, request: FitRequest) -> None:
+    """Give the run to everything that wants it, then tell the feed what batches go through."""
+    wiring = run.wiring
+    parts = bind_parts(wiring.parts, run)
+    savers = tuple(c for c in wiring.callbacks if isinstance(c, ModelCheckpoint))
+    others = tuple(c for c in parts.callbacks if not isinstance(c, ModelCheckpoint))
+    evaluator = wiring.evaluator
+    if request.eval_step is not None:
+        evaluator = replace(evaluator, forward=partial(request.eval_step, run))
+    run.rewire(
+        replace(
+            wiring,
+            parts=parts,
+            callbacks=(*others, *savers),
+            evaluator=evaluator,
+        )
+    )
+    wiring.feed.transform = _train_transform(evaluator.transform, parts.batch_transforms)
+
+
+def _train_transform(
+    base: Callable[[Any], Any] | None, transforms: tuple[Callable[[Any], Any], ...]
+) -> Callable[[Any], Any] | None:
+    steps = (base, *transforms) if base is not None else transforms
+    if len(steps) < 2:
+        return steps[0] if steps else None
+
+    def transform(batch: Any) -> Any:
+        for change in steps:
+            batch = change(batch)
+        return batch
+
+    return transform
+
+
+def _monitored(wiring: Wiring) -> tuple[str, str] | None:
+    for callback in wiring.callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            return callback.monitor, callback.mode
+    return None
+
+
+def _log_hparams(wiring: Wiring) -> None:
+    if wiring.hparams:
+        for logger in wiring.loggers:
+            if hasattr(logger, "log_hyperparams"):
+                logger.log_hyperparams(wiring.hparams)
+
+
+# ---- the first batch -----------------------------------------------------------------------------
+
+
+def _first_batch(run: TrainingRun, request: FitRequest) -> Compute | None:
+    """Look at the first batch, decide what is still open, and choose how losses are made.
+
+    Raises:
+        PlanError: the batch or the loss contradicts what a component needs.
+        RunError: the loss fails on it.
+    """
+    wiring, position = run.wiring, run.position
+    if not wiring.feed.is_open(position.epoch):
+        wiring.feed.start(position.epoch, position.batch)
+    batch = wiring.feed.show_first()
+    base = wiring.evaluator.transform
+    plan = decided(wiring.plan, batch_facts(batch))
+    batch = base(batch) if base is not None else batch
+    if request.step is not None:
+        compute = compute_by_step(request.step, run, wiring.recorder)
+        if request.val_sets and request.eval_step is None and isinstance(batch, (tuple, list)):
+            check_pair(batch)
+    else:
+        if request.own_loop and not (_asks_for_soft_targets(wiring) and _is_pair(batch)):
+            run.plan = plan  # what the body of an own loop makes of a batch is its own affair
+            return None
+        _check_form(wiring, batch)
+        compute, facts = _tried(wiring, request, batch)
+        plan = decided(plan, {name: v for name, v in facts.items() if name not in plan.facts})
+    run.plan = plan
+    return compute
+
+
+def _asks_for_soft_targets(wiring: Wiring) -> bool:
+    return any("loss." in deferred.relation for deferred in wiring.plan.deferred)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+
+def _check_form(wiring: Wiring, batch: Any) -> None:
+    if isinstance(batch, Mapping) or _is_pair(batch):
+        return
+    if isinstance(batch, torch.Tensor) and wiring.loss is None:
+        return
+    size = f" of {len(batch)} items" if hasattr(batch, "__len__") else ""
+    raise InvalidArgument(
+        f"the first batch is a {type(batch).__name__}{size} ({shapes(batch)}): core knows pairs "
+        "(inputs, targets) and mappings; give step=(run, batch) -> loss for anything else"
+    )
+
+
+def _tried(wiring: Wiring, request: FitRequest, batch: Any) -> tuple[Compute, dict[str, bool]]:
+    """Try model and loss on the first batch; returns how losses are made, and what it told."""
+    forward, loss = wiring.prepared.forward, wiring.loss
+    transforms = wiring.parts.target_transforms
+    if loss is None:
+        compute = compute_by_model(forward, batch)
+        trial = _whole_batches(compute_by_model(wiring.prepared.evaluate, batch))
+        facts, named = try_first_batch(
+            wiring.model, wiring.prepared, batch, lambda b: (trial(b), None), lambda out, _: out
+        )
+    else:
+        make = compute_mappings if isinstance(batch, Mapping) else compute_pairs
+        compute = make(forward, loss, transforms)
+        facts, named = try_first_batch(
+            wiring.model,
+            wiring.prepared,
+            batch,
+            _trial_forward(wiring),
+            loss,
+            metrics=request.metrics if request.eval_step is None else None,
+            asks_for_soft_targets=_asks_for_soft_targets(wiring),
+        )
+    return (with_names(compute, wiring.recorder) if named else compute), facts
+
+
+def _whole_batches(compute: Compute) -> Compute:
+    def tried(batch: Any) -> Any:
+        try:
+            return compute(batch)
+        except TypeError as error:
+            raise RunError(
+                "loss=None, so the model is called with the whole batch and has to return its "
+                f"loss: {error}; give loss=(outputs, targets) -> scalar"
+            ) from error
+
+    return tried
+
+
+def _trial_forward(wiring: Wiring) -> Callable[[Any], tuple[Any, Any]]:
+    evaluate = wiring.prepared.evaluate
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, Mapping):
+            return evaluate(**batch), batch
+        return evaluate(batch[0]), batch[1]
+
+    return forward
