@@ -353,7 +353,7 @@ class RaisesInBuild:
 class RaisesInSetup:
     backend: Mapping[str, str] = MappingProxyType({})
 
-    def init_context(self, env: Any, settings: Any) -> Any:
+    def construct(self, make: Any, env: Any, settings: Any) -> Any:
         raise AssertionError
 
     def setup(self, model: nn.Module, request: Any) -> Any:

@@ -79,7 +79,8 @@ class Parts:
     """All that a surgery may change; it returns a changed copy (``dataclasses.replace``).
 
     Attributes:
-        model: on the CPU or in the strategy's ``init_context``, not wrapped, no optimizer yet.
+        model: on the CPU or as the strategy's ``construct`` made it, not wrapped, no optimizer
+            yet.
         loss: ``(outputs, targets) -> scalar`` or a mapping with ``"loss"``; None: the model's, or
             ``step=``.
         sample_transforms: handed to the data source; training only.
@@ -180,7 +181,11 @@ class Prepared:
         named_parameters: canonical names.
         shards: collective; core writes, hashes, renames.
         restore: collective; clears optimizer state first.
-        bytes_per_rank: what setup found: ``parameters``, ``gradients``, ``optimizer``.
+        bytes_per_rank: bytes held now as ``parameters`` and ``optimizer`` (its tensors are made in
+            the first step), and those of ``gradients`` between backward and step.
+        optimizer_names: names in each of the optimizer's groups, where it holds other tensors than
+            ``named_parameters`` gives (pieces, copies); None: core finds them by identity.
+        notes: what was decided or repaired here, one line each; shown when the run starts.
     """
 
     forward: Callable[..., Any]
@@ -197,7 +202,9 @@ class Prepared:
     named_parameters: Callable[[], Iterable[tuple[str, Any]]]
     shards: Callable[[], Iterable[Shard]]
     restore: Callable[[ShardReader], None]
-    bytes_per_rank: Mapping[str, int]
+    bytes_per_rank: Callable[[], Mapping[str, int]]
+    optimizer_names: Sequence[Sequence[str]] | None = None
+    notes: Sequence[str] = ()
 
 
 class Strategy(Protocol):
@@ -209,8 +216,12 @@ class Strategy(Protocol):
 
     backend: Mapping[str, str]
 
-    def init_context(self, env: Env, settings: Settings) -> AbstractContextManager[None]:
-        """Around the construction of the model, where ``model`` is a callable."""
+    def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
+        """Build the model where the user gave a callable: ``make()`` will do.
+
+        What it leaves on the meta device is filled by ``setup``, with the values that ``make()``
+        would have given it.
+        """
 
     def units(self, model: nn.Module) -> Sequence[nn.Module]:
         """What core compiles and checkpoints one by one; ``(model,)`` will do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ class Engine:
             named_parameters=self.named,
             shards=self.shards,
             restore=self.restore,
-            bytes_per_rank={},
+            bytes_per_rank=dict,
         )
 
 
@@ -167,8 +167,8 @@ class ByHand:
     def __init__(self, engine: type[Engine]) -> None:
         self.engine = engine
 
-    def init_context(self, env: Env, settings: Settings) -> AbstractContextManager[None]:
-        return nullcontext()
+    def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
+        return make()
 
     def units(self, model: nn.Module) -> Sequence[nn.Module]:
         return (model,)

@@ -177,8 +177,7 @@ def check_trained(prepared: Prepared, groups: Sequence[ParamGroup]) -> list[list
             hyper-parameters that were meant for others.
     """
     assert prepared.optimizer is not None
-    by_id = {id(p): canonical(n) for n, p in prepared.named_parameters()}
-    held = [[by_id.get(id(p), "") for p in g["params"]] for g in prepared.optimizer.param_groups]
+    held = _names_held(prepared)
     names = [name for group in held for name in group]
     strangers = names.count("")
     if strangers:
@@ -191,6 +190,14 @@ def check_trained(prepared: Prepared, groups: Sequence[ParamGroup]) -> list[list
     _refuse_mixed(held, groups)
     _refuse_misspelt(prepared.optimizer, groups)
     return held
+
+
+def _names_held(prepared: Prepared) -> list[list[str]]:
+    if prepared.optimizer_names is not None:
+        return [[canonical(name) for name in names] for names in prepared.optimizer_names]
+    assert prepared.optimizer is not None
+    by_id = {id(p): canonical(n) for n, p in prepared.named_parameters()}
+    return [[by_id.get(id(p), "") for p in g["params"]] for g in prepared.optimizer.param_groups]
 
 
 def _refuse_mixed(held: Sequence[Sequence[str]], groups: Sequence[ParamGroup]) -> None:

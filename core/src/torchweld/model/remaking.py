@@ -39,13 +39,16 @@ def build_model(model: Any, launched: Launched) -> nn.Module:
         return model
     if not callable(model):
         raise InvalidArgument(f"model={model!r}: give an nn.Module, or a function that returns one")
-    with launched.strategy.init_context(launched.ranks.env, launched.plan.settings):
+
+    def make() -> nn.Module:
         built = model()
-    if not isinstance(built, nn.Module):
-        raise InvalidArgument(
-            f"the model function returned {type(built).__name__}, not an nn.Module"
-        )
-    return built
+        if not isinstance(built, nn.Module):
+            raise InvalidArgument(
+                f"the model function returned {type(built).__name__}, not an nn.Module"
+            )
+        return built
+
+    return launched.strategy.construct(make, launched.ranks.env, launched.plan.settings)
 
 
 # ---- surgery -------------------------------------------------------------------------------------

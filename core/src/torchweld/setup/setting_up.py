@@ -73,7 +73,8 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     launched = replace(launched, plan=decided(launched.plan, facts))
     weights = Weights(request.init_weights)
     weights.load_early(model)
-    check_materialised(model)
+    if isinstance(request.model, torch.nn.Module):
+        check_materialised(model)  # a strategy that built it itself may fill it later
     factory = as_factory(request.optimizer, model, request.param_groups)
     parts = Parts(
         model, request.loss, param_groups=request.param_groups, optimizer=factory,
@@ -144,6 +145,8 @@ def set_up(remade: Remade, console: Console) -> Ready:
     # Without "params.writable" the optimizer may hold copies, which only the strategy can compare.
     if parts.optimizer is not None and "params.writable" in provides:
         names = check_trained(prepared, groups)
+    for note in prepared.notes:
+        console.say(note)
     return Ready(prepared, names, provides)
 
 
@@ -287,7 +290,7 @@ def summary(plan: Plan, model: torch.nn.Module, prepared: Prepared) -> str:
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    megabytes = prepared.bytes_per_rank.get("parameters", 0) / 1e6
+    megabytes = prepared.bytes_per_rank().get("parameters", 0) / 1e6
     spaced = f"{total:,} parameters{f' ({frozen:,} frozen)' if frozen else ''}".replace(",", " ")
     return f"{plan.strategy.name}: {spaced}, {megabytes:.2f} MB of them on this rank"
 

@@ -5,13 +5,17 @@ Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data P
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch.nn.parallel import DistributedDataParallel
 
-from torchweld.strategies.replicated import estimate_replicated, place, prepare_replicated
+from torchweld.strategies.replicated import (
+    broadcast_weights,
+    estimate_replicated,
+    place,
+    prepare_replicated,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +37,9 @@ class DdpStrategy:
         self.static_graph = static_graph
         self.bucket_cap_mb = bucket_cap_mb
 
-    def init_context(self, env: Env, settings: Settings) -> AbstractContextManager[None]:
-        """Nothing: rank 0's weights are broadcast when the model is wrapped."""
-        return nullcontext()
+    def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
+        """Build it on every rank; rank 0's weights are broadcast when it is wrapped."""
+        return make()
 
     def units(self, model: nn.Module) -> Sequence[nn.Module]:
         """The whole model."""
@@ -45,6 +49,8 @@ class DdpStrategy:
         """Wrap the model, unless it is only evaluated, and make the optimizer."""
         model = place(model, request)
         if request.optimizer is None or not any(p.requires_grad for p in model.parameters()):
+            # DDP, which would do it, refuses a model with nothing to train.
+            broadcast_weights(model, request.env)
             return prepare_replicated(model, request, wrapped=model, window=None)
         wrapped = self._wrap(model, request.env)
 

@@ -46,6 +46,12 @@ def _whole(name: str, tensor: Tensor) -> Shard:
     return Shard(name, tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
 
 
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors that the optimizer keeps for its parameters."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
 def restore_optimizer(
     optimizer: Optimizer,
     named_parameters: Iterable[tuple[str, nn.Parameter]],

@@ -13,19 +13,36 @@ from torch import Tensor, nn
 
 from torchweld.interfaces import Prepared, Shard, ShardReader
 from torchweld.model.names import persistent_buffers
+from torchweld.model.parameters import check_materialised
 from torchweld.model.precision import forward_under
-from torchweld.strategies.optimizer_state import optimizer_shards, restore_optimizer
+from torchweld.strategies.optimizer_state import (
+    optimizer_shards,
+    restore_optimizer,
+    state_bytes,
+)
 from torchweld.strategies.optimizing import OptimizerStep
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from torchweld.components import Settings
     from torchweld.interfaces import Env, SetupRequest
 
 
 def place(model: nn.Module, request: SetupRequest) -> nn.Module:
     """Move ``model`` to its device, in the dtype that the precision asks for."""
+    check_materialised(model)
     dtype = torch.bfloat16 if request.settings.precision == "bf16-true" else None
     return model.to(device=request.env.device, dtype=dtype)
+
+
+def broadcast_weights(model: nn.Module, env: Env) -> None:
+    """Give every rank rank 0's parameters and buffers; a no-op in one process without a group."""
+    if env.group is None:
+        return
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, src=0, group=env.group)
 
 
 def prepare_replicated(
@@ -61,7 +78,7 @@ def prepare_replicated(
         named_parameters=model.named_parameters,
         shards=lambda: _shards(model, optimizer) if env.rank == 0 else iter(()),
         restore=lambda reader: _restore(model, optimizer, reader),
-        bytes_per_rank=_bytes(model),
+        bytes_per_rank=lambda: _bytes(model, optimizer),
     )
 
 
@@ -107,11 +124,12 @@ def _set_mode(model: nn.Module, env: Env, train: bool) -> None:
                 dist.broadcast(buffer, src=0, group=env.group)
 
 
-def _bytes(model: nn.Module) -> dict[str, int]:
+def _bytes(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
     parameters = list(model.parameters())
     return {
         "parameters": sum(p.nbytes for p in parameters),
         "gradients": sum(p.nbytes for p in parameters if p.requires_grad),
+        "optimizer": state_bytes(optimizer) if optimizer is not None else 0,
     }
 
 

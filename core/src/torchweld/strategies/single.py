@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torchweld.strategies.replicated import estimate_replicated, place, prepare_replicated
@@ -21,9 +20,9 @@ class SingleStrategy:
 
     backend: Mapping[str, str] = {}
 
-    def init_context(self, env: Env, settings: Settings) -> AbstractContextManager[None]:
-        """Nothing: the model is built where the user builds it."""
-        return nullcontext()
+    def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
+        """Build it as the user would."""
+        return make()
 
     def units(self, model: nn.Module) -> Sequence[nn.Module]:
         """The whole model."""

@@ -236,6 +236,17 @@ class StrategyConformance:
             what = f"models seeded differently must become rank 0's in setup(); rank {rank}"
             check_outputs(outputs, expected, what)
 
+    def test_models_to_evaluate_that_were_seeded_by_rank_become_rank_0s(
+        self, world_size: int
+    ) -> None:
+        bench, step = self.bench(world_size), one_step("mlp")
+        case = replace(bench.case("mlp"), optimizer=None, seed_by_rank=True)
+        by_rank = bench.run(jobs.evaluate, case, step, step.window[0][0])
+
+        expected = plain_model(case).eval()(step.window[0][0])
+        for rank, (_, _, outputs, _) in enumerate(by_rank):
+            check_outputs(outputs, expected, f"evaluate() of rank 0's weights on rank {rank}")
+
     def test_names_are_the_models_own(self, world_size: int, model: str) -> None:
         bench = self.bench(world_size)
         expected = sorted(n for n, _ in MODELS[model][0]().named_parameters())
