@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchweld.checkpoint import decode, encode
 from torchweld.interfaces import Shard, ShardReader
@@ -18,32 +18,47 @@ if TYPE_CHECKING:
 _JSON = "!json"
 
 
+ToShards = Callable[[str, Tensor, Any], Iterable[Shard]]
+"""``(name, tensor, parameter) ->`` what this rank writes of one tensor of a parameter's state."""
+
+ReadTensor = Callable[[ShardReader, str, Any], Tensor]
+"""``(reader, name, parameter) ->`` what this rank keeps of one tensor of a parameter's state."""
+
+
 def optimizer_shards(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Any]],
+    to_shards: ToShards | None = None,
 ) -> Iterator[Shard]:
     """Yield the state of every parameter as ``optim/<name>/<key>``.
+
+    Args:
+        optimizer: whose state.
+        named_parameters: names, and what the optimizer holds under each.
+        to_shards: where a rank holds pieces; None: this rank writes every tensor whole.
 
     A value that is no tensor (LBFGS keeps lists and counts) becomes ``<key>!json``, its text as
     bytes, and ``<key>!<number>``, the tensors in it.
     """
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield from _value_shards(f"optim/{name}/{key}", value)
+            if isinstance(value, Tensor):
+                yield from (to_shards or whole)(f"optim/{name}/{key}", value, parameter)
+            else:
+                yield from _value_shards(f"optim/{name}/{key}", value)
 
 
 def _value_shards(name: str, value: Any) -> Iterator[Shard]:
-    if isinstance(value, Tensor):
-        yield _whole(name, value)
-        return
     encoded, parts = encode(value, "optimizer state")
     for number, tensor in enumerate(parts.values()):
-        yield _whole(f"{name}!{number}", tensor)
+        yield from whole(f"{name}!{number}", tensor, None)
     text = json.dumps({"value": encoded, "tensors": list(parts)})
-    yield _whole(name + _JSON, torch.tensor(list(text.encode()), dtype=torch.uint8))
+    yield from whole(name + _JSON, torch.tensor(list(text.encode()), dtype=torch.uint8), None)
 
 
-def _whole(name: str, tensor: Tensor) -> Shard:
-    return Shard(name, tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
+def whole(name: str, tensor: Tensor, _parameter: Any) -> Iterator[Shard]:
+    """One shard: all of ``tensor``."""
+    yield Shard(name, tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -54,10 +69,17 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 def restore_optimizer(
     optimizer: Optimizer,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: Iterable[tuple[str, Any]],
     reader: ShardReader,
+    read: ReadTensor | None = None,
 ) -> None:
     """Replace the whole state of ``optimizer`` by that in ``reader``.
+
+    Args:
+        optimizer: whose state.
+        named_parameters: names, and what the optimizer holds under each.
+        reader: the checkpoint.
+        read: where a rank holds pieces; None: it keeps every tensor whole.
 
     The old state is cleared first: a checkpoint without some of it would leave it stale.
     """
@@ -69,34 +91,36 @@ def restore_optimizer(
             saved.setdefault(owner, []).append(key)
     for name, parameter in named_parameters:
         if name in saved:
-            state = _read_state(reader, f"optim/{name}/", saved[name], parameter)
+            prefix = f"optim/{name}/"
+            state = _read_state(reader, prefix, saved[name], parameter, read or read_whole)
             optimizer.state[parameter] = state
 
 
 def _read_state(
-    reader: ShardReader, prefix: str, keys: list[str], parameter: nn.Parameter
+    reader: ShardReader, prefix: str, keys: list[str], parameter: Any, read: ReadTensor
 ) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key in keys:
         if "!" not in key:
-            state[key] = _read(reader, prefix + key, parameter)
+            state[key] = read(reader, prefix + key, parameter)
         elif key.endswith(_JSON):
             name = key.removesuffix(_JSON)
             state[name] = _read_encoded(reader, prefix + name, parameter)
     return state
 
 
-def _read_encoded(reader: ShardReader, name: str, parameter: nn.Parameter) -> Any:
-    text = bytes(_read(reader, name + _JSON, parameter).tolist()).decode()
+def _read_encoded(reader: ShardReader, name: str, parameter: Any) -> Any:
+    text = bytes(read_whole(reader, name + _JSON, parameter).tolist()).decode()
     saved = json.loads(text)
     parts = {
-        key: _read(reader, f"{name}!{number}", parameter)
+        key: read_whole(reader, f"{name}!{number}", parameter)
         for number, key in enumerate(saved["tensors"])
     }
     return decode(saved["value"], parts)
 
 
-def _read(reader: ShardReader, name: str, parameter: nn.Parameter) -> Tensor:
+def read_whole(reader: ShardReader, name: str, parameter: Any) -> Tensor:
+    """Read all of a tensor, on the device of ``parameter``."""
     shape, dtype = reader.info(name)
     # Counters such as Adam's `step` stay on the CPU, where torch makes them unless it is fused.
     device = parameter.device if shape else torch.device("cpu")

@@ -1,9 +1,10 @@
-"""The optimizer step of a strategy whose ranks hold whole gradients."""
+"""The optimizer step: unscale, transform, clip, apply, zero."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,31 @@ if TYPE_CHECKING:
     from torchweld.interfaces import SetupRequest
 
 
+class Gradients(Protocol):
+    """What the step does to gradients that a rank does not hold whole."""
+
+    def collect(self) -> None:
+        """Hand them to the optimizer's tensors; after the gradient transforms, before clipping."""
+
+    def clip_norm(self, limit: float) -> Tensor:
+        """Scale them to a norm of at most ``limit``; returns the full norm, equal on all ranks."""
+
+    def clip_value(self, limit: float) -> None:
+        """Clamp every element to ``[-limit, limit]``."""
+
+    def zero(self) -> None:
+        """Free them all, set to None."""
+
+
 class OptimizerStep:
     """Unscale, transform, clip, apply, zero: bound once, with only what this run needs.
+
+    Args:
+        model: whose parameters the gradient transforms see.
+        request: with an optimizer.
+        gradients: where a rank does not hold whole gradients in its parameters; None: it does.
+        optimizer: already made and wrapped; None: made here of the request's groups.
+        scaler: of fp16, where torch's own would not agree between the ranks.
 
     Attributes:
         optimizer: the wrapped optimizer; its ``param_groups`` decide the next step.
@@ -24,37 +48,43 @@ class OptimizerStep:
         norm: full gradient norm of the last step where clipping computed it, else None.
     """
 
-    def __init__(self, model: nn.Module, request: SetupRequest) -> None:
-        assert request.optimizer is not None
-        settings = request.settings
-        groups = [{k: v for k, v in group.items() if k != "names"} for group in request.groups]
-        self.optimizer: Optimizer = request.optimizer(groups)
-        for wrap in request.optimizer_wrappers:
-            self.optimizer = wrap(self.optimizer)
-        # What the user's own code left in .grad would be added to the first step.
-        self.optimizer.zero_grad()
-        self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "16" else None
+    def __init__(
+        self,
+        model: nn.Module,
+        request: SetupRequest,
+        *,
+        gradients: Gradients | None = None,
+        optimizer: Optimizer | None = None,
+        scaler: Any | None = None,
+    ) -> None:
+        self.optimizer = optimizer if optimizer is not None else make_optimizer(request)
+        self.scaler = scaler
+        if scaler is None and request.settings.precision == "16":
+            self.scaler = torch.amp.GradScaler("cuda")
         self.norm: Tensor | None = None
         self._model, self._env = model, request.env
-        self._between = self._between_backward_and_step(request)
+        self._zero = self.optimizer.zero_grad if gradients is None else gradients.zero
+        # What the user's own code left in .grad would be added to the first step.
+        self._zero()
+        self._between = self._between_backward_and_step(request, gradients)
 
     def bind(self) -> Callable[[], bool]:
         """Return the step of this run: the shortest that does what is asked for."""
         if self.scaler is not None:
             return self._scaled
         # Looked up in each step: a scheduler replaces `optimizer.step` by a counting one.
-        optimizer, between = self.optimizer, self._between
+        optimizer, between, zero = self.optimizer, self._between, self._zero
 
         def step() -> bool:
             optimizer.step()
-            optimizer.zero_grad()
+            zero()
             return True
 
         def full_step() -> bool:
             for act in between:
                 act()
             optimizer.step()
-            optimizer.zero_grad()
+            zero()
             return True
 
         return full_step if between else step
@@ -63,14 +93,14 @@ class OptimizerStep:
         """One step of an optimizer that evaluates the loss itself, perhaps several times."""
 
         def evaluate(**_: Any) -> Tensor:
-            self.optimizer.zero_grad()
+            self._zero()
             loss = closure()
             for act in self._between:
                 act()
             return self._over_ranks(loss)
 
         self.optimizer.step(evaluate)  # type: ignore[arg-type]  # torch says float, takes tensors
-        self.optimizer.zero_grad()
+        self._zero()
         return True
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
@@ -81,26 +111,35 @@ class OptimizerStep:
         dist.all_reduce(mean, group=self._env.group)
         return mean
 
-    def _between_backward_and_step(self, request: SetupRequest) -> tuple[Callable[[], None], ...]:
+    def _between_backward_and_step(
+        self, request: SetupRequest, gradients: Gradients | None
+    ) -> tuple[Callable[[], None], ...]:
         actions: list[Callable[[], None]] = []
         settings = request.settings
         for transform in request.grad_transforms:
             named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
             actions.append(_call_with(transform, named))
+        if gradients is not None:
+            actions.append(gradients.collect)
         if settings.gradient_clip_val is not None:
             limit = float(settings.gradient_clip_val)
-            parameters = list(self._model.parameters())
             if settings.gradient_clip_algorithm == "norm":
-                actions.append(self._clip_norm(parameters, limit))
+                actions.append(self._clip_norm(gradients, limit))
             else:
-                actions.append(lambda: nn.utils.clip_grad_value_(parameters, limit))
+                actions.append(_clip_value(self._model, gradients, limit))
         return tuple(actions)
 
-    def _clip_norm(self, parameters: Sequence[nn.Parameter], limit: float) -> Callable[[], None]:
+    def _clip_norm(self, gradients: Gradients | None, limit: float) -> Callable[[], None]:
+        parameters = list(self._model.parameters())
+
         def clip() -> None:
             self.norm = nn.utils.clip_grad_norm_(parameters, limit)
 
-        return clip
+        def clip_pieces() -> None:
+            assert gradients is not None
+            self.norm = gradients.clip_norm(limit)
+
+        return clip if gradients is None else clip_pieces
 
     def _scaled(self) -> bool:
         assert self.scaler is not None
@@ -111,9 +150,25 @@ class OptimizerStep:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self._zero()
         # The scaler tells a skipped step in no other way than by lowering its scale.
         return self.scaler.get_scale() >= scale
+
+
+def make_optimizer(request: SetupRequest) -> Optimizer:
+    """Make the optimizer of the request's groups, and put its wrappers around it."""
+    assert request.optimizer is not None
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in request.groups]
+    optimizer = request.optimizer(groups)
+    for wrap in request.optimizer_wrappers:
+        optimizer = wrap(optimizer)
+    return optimizer
+
+
+def _clip_value(model: nn.Module, gradients: Gradients | None, limit: float) -> Callable[[], None]:
+    if gradients is not None:
+        return partial(gradients.clip_value, limit)
+    return partial(nn.utils.clip_grad_value_, list(model.parameters()), limit)
 
 
 def _call_with(function: Callable[[Any], None], argument: Any) -> Callable[[], None]:

@@ -67,10 +67,10 @@ def prepare_replicated(
         forward=forward_under(wrapped, settings.precision, env.device),
         evaluate=forward_under(model, settings.precision, env.device),
         evaluate_is_collective=False,
-        mode=partial(_set_mode, model, env),
+        mode=partial(set_mode, model, env),
         optimizer=optimizer,
         backward=scale.backward(settings, optimizing.scaler if optimizing else None),
-        step=optimizing.bind() if optimizing else _no_step,
+        step=optimizing.bind() if optimizing else no_step,
         step_closure=optimizing.with_closure if optimizing and not optimizing.scaler else None,
         window=scale.open if settings.accumulate_grad_batches > 1 else None,
         grad_norm=lambda: optimizing.norm if optimizing else None,
@@ -112,11 +112,13 @@ def estimate_replicated(
     return {"parameters": weights, "gradients": weights, "optimizer": optimizer_slots * weights}
 
 
-def _no_step() -> bool:
+def no_step() -> bool:
+    """Be the ``step`` of a model without an optimizer."""
     raise RuntimeError("step() was called on a model that was prepared for evaluation only")
 
 
-def _set_mode(model: nn.Module, env: Env, train: bool) -> None:
+def set_mode(model: nn.Module, env: Env, train: bool) -> None:
+    """Switch between training and evaluation, for which every rank takes rank 0's buffers."""
     model.train(train)
     if not train and env.world_size > 1:
         with torch.no_grad():
