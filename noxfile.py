@@ -65,7 +65,8 @@ PYTEST = ["pytest>=8.3", "pytest-randomly>=3.15"]
 TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
 NEWEST_TORCH = "torch==2.13.0"
 # Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
-PINS = {"composer": ["torch==2.7.0", "torchvision==0.22.0", "mosaicml==0.32.1"]}
+TORCH_WITH_COMPOSER = ["torch==2.7.0", "torchvision==0.22.0"]
+LIBRARIES = {"composer": ["mosaicml==0.32.1"], "fsdp": ["fairscale==0.4.13"]}
 # Other trainers: the benchmark measures them, and the documentation starts from their scripts.
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 WITH_PLUGINS = [*PYTEST, *PEERS, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
@@ -106,12 +107,17 @@ def prepare(
     return str(directory / "bin" / "python")
 
 
+def pins(plugins: Sequence[str]) -> list[str]:
+    """The libraries of ``plugins``, and the newest torch that goes with all of them."""
+    torch = TORCH_WITH_COMPOSER if "composer" in plugins else [NEWEST_TORCH]
+    return [*torch, *(library for name in plugins for library in LIBRARIES[name])]
+
+
 def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     """Return the Python of an environment with core and ``plugins``, all in editable mode."""
     folders = ["core", *(f"plugins/{name}" for name in plugins)]
-    pins = [pin for name in plugins for pin in PINS[name]]
     editable = [f"--editable={folder}" for folder in folders]
-    requirements = [*pins, *WITH_PLUGINS, *editable]
+    requirements = [*pins(plugins), *WITH_PLUGINS, *editable]
     name = "-".join(["core", *plugins])
     return prepare(session, name, requirements, folders=folders)
 
@@ -181,8 +187,8 @@ def plugin(session: nox.Session, name: str) -> None:
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Test everything installed at once, with core's own tests."""
-    folders = ["tests/core", "tests/together", "tests/parity"]
+    """Test everything installed at once, with core's own tests and those of older torch."""
+    folders = ["tests/core", "tests/together", "tests/parity", "tests/fsdp"]
     run_pytest(session, with_plugins(session, PLUGINS), *folders)
 
 
@@ -206,7 +212,7 @@ def build(session: nox.Session) -> None:
     install_alone(session, "core", [NEWEST_TORCH], [core_wheel])
     for name in PLUGINS:
         wheel = next(dist.glob(f"torchweld_{name}-*.whl"))
-        install_alone(session, name, PINS[name], [core_wheel, wheel])
+        install_alone(session, name, pins([name]), [core_wheel, wheel])
 
 
 def install_alone(

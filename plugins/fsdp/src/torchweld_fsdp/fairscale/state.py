@@ -1,0 +1,110 @@
+"""What OSS and ShardedDDP hold: whole weights everywhere, optimizer state on its owner alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchweld.errors import RunError
+from torchweld.interfaces import Env, ParameterShape, Shard, ShardReader
+from torchweld.model.names import persistent_buffers
+from torchweld.strategies.optimizer_state import (
+    optimizer_shards,
+    restore_optimizer,
+    state_bytes,
+    whole,
+)
+from torchweld.strategies.replicated import estimate_replicated
+
+if TYPE_CHECKING:
+    from torchweld.components import Settings
+
+
+class ShardedState:
+    """Checkpoint and memory of a model whose optimizer is an OSS.
+
+    Nothing is gathered: OSS's own ``consolidate_state_dict`` brings all of the state to one rank,
+    pickled, and returns tensors that the next step changes.
+
+    Args:
+        sent: the parameters that are views of OSS's buffers at this time.
+    """
+
+    def __init__(
+        self, model: nn.Module, oss: Any, env: Env, *, sent: Callable[[], Iterable[nn.Parameter]]
+    ) -> None:
+        self._model, self._oss, self._env = model, oss, env
+        self._sent = sent
+
+    def owned(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that this rank steps, under their names."""
+        owned = {id(p) for group in self._oss.optim.param_groups for p in group["params"]}
+        return ((n, p) for n, p in self._model.named_parameters() if id(p) in owned)
+
+    def shards(self) -> Iterator[Shard]:
+        """Weights and buffers from rank 0, optimizer state from every rank that owns some.
+
+        Raises:
+            RunError: a parameter is no longer what OSS sends.
+        """
+        self._check_attached()
+        if self._env.rank == 0:
+            for name, tensor in (*self._model.named_parameters(), *persistent_buffers(self._model)):
+                yield from whole(f"model/{name}", tensor, None)
+        yield from optimizer_shards(self._oss.optim, self.owned())
+
+    @torch.no_grad()
+    def restore(self, reader: ShardReader) -> None:
+        """Fill weights and buffers, and the state of what this rank owns, whoever wrote it."""
+        for name, tensor in (*self._model.named_parameters(), *persistent_buffers(self._model)):
+            reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())
+        self._oss.state.clear()  # what a wrapper around OSS left for its next step
+        restore_optimizer(self._oss.optim, self.owned(), reader)
+
+    def bytes_per_rank(self, *, shards_gradients: bool) -> Mapping[str, int]:
+        """Bytes held on this rank; gradients only of its own where they are sharded."""
+        parameters = list(self._model.parameters())
+        with_gradient = [p for _, p in self.owned()] if shards_gradients else parameters
+        return {
+            "parameters": sum(p.nbytes for p in parameters),
+            "gradients": sum(p.nbytes for p in with_gradient if p.requires_grad),
+            "optimizer": state_bytes(self._oss.optim),
+        }
+
+    def _check_attached(self) -> None:
+        buckets = (b for by_rank in self._oss.buckets.values() for b in by_rank.values())
+        storages = {bucket.buffer.untyped_storage().data_ptr() for bucket in buckets}
+        lost = {id(p) for p in self._sent() if p.untyped_storage().data_ptr() not in storages}
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in lost:
+                raise RunError(
+                    f"the parameter {name!r} was given another tensor after set-up, and OSS goes "
+                    "on to send the old one, so the processes drift apart: write into it with "
+                    "parameter.copy_(…) instead of parameter.data = …"
+                )
+
+    def bound(self, *, shards_gradients: bool) -> dict[str, Any]:
+        """The fields of ``Prepared`` that this class answers."""
+        return {
+            "shards": self.shards,
+            "restore": self.restore,
+            "bytes_per_rank": partial(self.bytes_per_rank, shards_gradients=shards_gradients),
+        }
+
+
+def largest_share(shapes: Mapping[str, ParameterShape], world_size: int, settings: Settings) -> int:
+    """Bytes of the trained parameters on the rank that owns most.
+
+    OSS gives each next tensor, whole, to the rank that has least; this is for a single group.
+    """
+    counts, sizes = [0] * world_size, [0] * world_size
+    for one in shapes.values():
+        owner = counts.index(min(counts))
+        counts[owner] += math.prod(one.shape) if one.trained else 1
+        sizes[owner] += estimate_replicated({"": one}, 0, settings)["gradients"]
+    return max(sizes)

@@ -1,0 +1,255 @@
+"""Strategy ``fsdp``: torch's FSDP2 in a model that knows nothing of it.
+
+Source: Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
+
+from torchweld.components import Settings
+from torchweld.errors import InvalidArgument
+from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
+from torchweld.model.precision import forward_under
+from torchweld.strategies.optimizing import OptimizerStep, make_optimizer
+from torchweld.strategies.replicated import WindowScale, no_step, set_mode
+from torchweld_fsdp.deferred import Deferred, defer
+from torchweld_fsdp.options import FsdpOptions, Wrap
+from torchweld_fsdp.sharding import Sharded, is_ignored, shard_model
+from torchweld_fsdp.state import ShardedState
+from torchweld_fsdp.stepping import (
+    Piece,
+    ShardedGradients,
+    average_whole,
+    bytes_held,
+    check_bound,
+    check_optimizer,
+    hold,
+    make_pieces,
+    names_held,
+    step_together,
+    steps_locally,
+)
+from torchweld_fsdp.units import choose_units
+
+
+class FsdpStrategy:
+    """Shards parameters, gradients and optimizer state over the ranks."""
+
+    backend: Mapping[str, str] = {"cpu": "gloo", "cuda": "nccl"}
+
+    def __init__(
+        self,
+        *,
+        wrap: Wrap,
+        reshard_after_forward: bool | int,
+        replicate: int,
+        param_dtype: Literal["bf16", "fp16"] | None,
+        reduce_every_micro_batch: bool,
+        cpu_offload: bool,
+        ignored: tuple[str, ...],
+        forward_methods: tuple[str, ...],
+        deferred_init: bool,
+    ) -> None:
+        self.options = FsdpOptions(
+            wrap=wrap,
+            reshard_after_forward=reshard_after_forward,
+            replicate=replicate,
+            param_dtype=param_dtype,
+            reduce_every_micro_batch=reduce_every_micro_batch,
+            cpu_offload=cpu_offload,
+            ignored=ignored,
+            forward_methods=forward_methods,
+            deferred_init=deferred_init,
+        )
+        self._deferred: list[Deferred] = []
+        self._notes: list[str] = []
+
+    def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
+        """Build the model on the meta device; ``setup`` gives its weights their values."""
+        if not self.options.deferred_init:
+            return make()
+        model, deferred, problem = defer(make)
+        if deferred is not None:
+            self._deferred.append(deferred)
+        if problem:
+            self._notes.append(f"fsdp: every process built the whole model: {problem}")
+        return model
+
+    def units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules that are gathered one by one, or the whole model."""
+        return [module for _, module in choose_units(model, self.options.wrap).units] or (model,)
+
+    def setup(self, model: nn.Module, request: SetupRequest) -> Prepared:
+        """Shard the model, then make the optimizer over its shards."""
+        self._check_known(model)
+        sharded = shard_model(
+            model, request.env, request.settings, self.options, value_of=self._value_of
+        )
+        notes = [*self._notes, *sharded.notes]
+        self._notes.clear()
+        return _Preparing(sharded, request, self.options).prepared(notes)
+
+    def _check_known(self, model: nn.Module) -> None:
+        """Refuse, on every rank alike, weights that ``construct`` did not leave out."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta and not any(deferred.knows(tensor) for deferred in self._deferred):
+                raise InvalidArgument(
+                    f"fsdp: {name!r} was computed from weights that have no values yet (a surgery "
+                    "does that): build the whole model first, with deferred_init=False"
+                )
+
+    def _value_of(self, tensor: Tensor) -> Tensor:
+        known = next(deferred for deferred in self._deferred if deferred.knows(tensor))
+        return known.materialise(tensor)
+
+    def estimate(
+        self,
+        shapes: Mapping[str, ParameterShape],
+        optimizer_slots: int,
+        world_size: int,
+        settings: Settings,
+    ) -> Mapping[str, int]:
+        """A share of everything; rows are padded to a multiple of the ranks."""
+        size = max(world_size // self.options.replicate, 1)
+        bytes_of = {
+            name: _padded_bytes(
+                one, 1 if is_ignored(name, self.options.ignored) else size, settings
+            )
+            for name, one in shapes.items()
+        }
+        total = sum(bytes_of.values())
+        trained = sum(bytes_of[name] for name, one in shapes.items() if one.trained)
+        return {"parameters": total, "gradients": trained, "optimizer": optimizer_slots * trained}
+
+    def teardown(self) -> None:
+        """Forget how models were built; the process group is core's."""
+        self._deferred.clear()
+
+
+def _padded_bytes(one: ParameterShape, size: int, settings: Settings) -> int:
+    """Bytes that one of ``size`` ranks holds of a tensor, with padding."""
+    is_cast = settings.precision == "bf16-true" and one.dtype.is_floating_point
+    dtype = torch.bfloat16 if is_cast else one.dtype
+    shape = one.shape
+    return (-(-shape[0] // size) * math.prod(shape[1:]) if shape else 1) * dtype.itemsize
+
+
+class _Preparing:
+    """Binds what a run needs of one sharded model."""
+
+    def __init__(self, sharded: Sharded, request: SetupRequest, options: FsdpOptions) -> None:
+        self.sharded, self.request, self.options = sharded, request, options
+        self.model, self.env = sharded.model, request.env
+        sharded.reshard()
+        self.optimizer, self.pieces = self._make_optimizer()
+        self.scale = WindowScale(self._tell_window)
+        self.last = True
+
+    def _make_optimizer(self) -> tuple[Any | None, list[Piece]]:
+        """Make the optimizer over the model's parameters, then let it hold local tensors."""
+        if self.request.optimizer is None:
+            return None, make_pieces(self.model, local=False)
+        optimizer = make_optimizer(_rebound(self.request, self.model))
+        check_optimizer(optimizer)
+        local = steps_locally(optimizer, self.request)
+        pieces = make_pieces(self.model, local=local)
+        if local:
+            hold(optimizer, pieces)
+        else:
+            step_together(optimizer)
+        return optimizer, pieces
+
+    def prepared(self, notes: list[str]) -> Prepared:
+        """Everything bound, with the ``notes`` of the set-up."""
+        settings, env, optimizer = self.request.settings, self.env, self.optimizer
+        optimizing = self._optimizing()
+        state = ShardedState(self.model, self.pieces, self.sharded.mesh, env.rank)
+        return Prepared(
+            forward=forward_under(self.model, settings.precision, env.device),
+            evaluate=forward_under(self.model, settings.precision, env.device),
+            evaluate_is_collective=True,
+            mode=self._set_mode,
+            optimizer=optimizer,
+            backward=self._backward(optimizing.scaler if optimizing else None),
+            step=optimizing.bind() if optimizing else no_step,
+            step_closure=optimizing.with_closure if optimizing and not optimizing.scaler else None,
+            window=self.scale.open if settings.accumulate_grad_batches > 1 else None,
+            grad_norm=lambda: optimizing.norm if optimizing else None,
+            alone=nullcontext,
+            named_parameters=self._named_parameters,
+            shards=lambda: self._checked(state).shards(optimizer),
+            restore=lambda reader: self._checked(state).restore(optimizer, reader),
+            bytes_per_rank=lambda: bytes_held(self.pieces, optimizer.state if optimizer else {}),
+            optimizer_names=names_held(optimizer, self.pieces) if optimizer else None,
+            notes=notes,
+        )
+
+    def _optimizing(self) -> OptimizerStep | None:
+        if self.optimizer is None:
+            return None
+        fp16 = self.request.settings.precision == "16"
+        return OptimizerStep(
+            self.model,
+            self.request,
+            gradients=ShardedGradients(self.pieces, self.sharded.mesh["shard"].get_group()),
+            optimizer=self.optimizer,
+            # torch's own scaler would skip a step on the ranks whose shards overflowed alone.
+            scaler=ShardedGradScaler("cuda", process_group=self.env.group) if fp16 else None,
+        )
+
+    # ---- backward and windows --------------------------------------------------------------------
+
+    def _tell_window(self, last: bool, _size: int) -> None:
+        self.last = last
+        root: Any = self.model
+        root.set_requires_gradient_sync(last or self.options.reduce_every_micro_batch)
+
+    def _backward(self, scaler: Any | None) -> Callable[[Tensor], None]:
+        backward = self.scale.backward(self.request.settings, scaler)
+        whole = [p.parameter for p in self.pieces if not isinstance(p.parameter, DTensor)]
+        trained = [parameter for parameter in whole if parameter.requires_grad]
+        if not trained or self.env.group is None:
+            return backward
+        average = average_whole(trained, self.env.group)
+
+        def backward_and_average(loss: Tensor) -> None:
+            backward(loss)
+            if self.last:
+                average()
+
+        return backward_and_average
+
+    # ---- at borders ------------------------------------------------------------------------------
+
+    def _set_mode(self, train: bool) -> None:
+        self.sharded.reshard()
+        check_bound(self.pieces)
+        set_mode(self.model, self.env, train)
+
+    def _named_parameters(self) -> Iterable[tuple[str, Any]]:
+        self.sharded.reshard()
+        return self.model.named_parameters()
+
+    def _checked(self, state: ShardedState) -> ShardedState:
+        self.sharded.reshard()
+        check_bound(self.pieces)
+        return state
+
+
+def _rebound(request: SetupRequest, model: nn.Module) -> SetupRequest:
+    """The request with the groups over today's parameters: FSDP2 replaced the objects."""
+    named = dict(model.named_parameters())
+    groups = [
+        {**group, "params": [named[name] for name in group["names"]]} for group in request.groups
+    ]
+    return replace(request, groups=groups)
