@@ -41,6 +41,10 @@ class Forks:
         """What a rank has printed."""
         return (self.directory / f"rank-{rank}.txt").read_text()
 
+    def kill(self, rank: int) -> None:
+        """Do to one rank what ``kill -9`` does."""
+        self.processes[rank].kill()
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all, as a terminal does."""
         for process in self.processes:

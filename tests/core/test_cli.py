@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -120,12 +119,12 @@ def test_plan_takes_ddp_for_several_processes_and_single_for_one() -> None:
 def test_plan_shows_every_mistake_with_code_and_fix_and_exits_with_1(site: Site) -> None:
     site.plugin("pooling")
 
-    result = run("plan", "strategy=fdsp", "surgery=poolin,pooling:alfa=1")
+    result = run("plan", "strategy=deepsped", "surgery=poolin,pooling:alfa=1")
 
     assert result.exit_code == 1
     assert "nothing was started; 3 problems" in result.output
-    assert "no strategy is called 'fdsp'" in result.output
-    assert "it is in the distribution torchweld-fsdp" in result.output
+    assert "no strategy is called 'deepsped'" in result.output
+    assert "it is in the distribution torchweld-deepspeed" in result.output
     assert "did you mean 'pooling'?" in result.output
     assert "pooling has no option 'alfa'" in result.output
 
@@ -308,24 +307,81 @@ def test_inspect_of_nothing_says_so_in_one_line(tmp_path: Path) -> None:
     assert result.output.count("\n") == 1
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """One of a tensor, in a directory of runs."""
+    import torch
+
+    from torchweld.checkpoint import write
+    from torchweld.interfaces import Shard
+
+    shards = [Shard("model/w", torch.zeros(3), (3,), (0,))]
+    header = {"step": 5, "epoch": 0, "samples": 20, "metrics": {}, "model_digest": "aa"}
+    return write(tmp_path / "runs" / "one" / "step-5", shards=shards, header=header)
+
+
 @needs_torch
-@pytest.mark.parametrize(
-    ("report", "code"),
-    [
-        ({"complete": True, "damage": []}, 0),
-        ({"complete": True, "damage": ["rank0.safetensors: changed"]}, 1),
-        ({"complete": False, "damage": []}, 1),
-        ({"kind": "run", "checkpoints": []}, 0),
-    ],
-)
+def test_inspect_of_an_intact_checkpoint_exits_with_0(checkpoint: Path) -> None:
+    text, data = run("inspect", str(checkpoint)), run("inspect", str(checkpoint), "--json")
+
+    assert (text.exit_code, data.exit_code) == (0, 0)
+    assert "all intact" in text.output
+    assert (json.loads(data.stdout)["damage"], json.loads(data.stdout)["step"]) == ([], 5)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["manifest.json", "00000.json", "00000.safetensors"])
+@pytest.mark.parametrize("words", [[], ["strategy=single"]])
 def test_inspect_exits_with_1_for_a_damaged_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, report: dict[str, Any], code: int
+    checkpoint: Path, name: str, words: list[str]
 ) -> None:
-    import torchweld.checkpoint
+    (checkpoint / name).unlink()
 
-    monkeypatch.setattr(torchweld.checkpoint, "inspect", lambda path: report)
+    result = run("inspect", str(checkpoint), *words)
 
-    result = run("inspect", "runs/x", "--json")
+    assert result.exit_code == 1
+    assert name in result.output
 
-    assert result.exit_code == code
-    assert json.loads(result.stdout) == report
+
+@needs_torch
+def test_inspect_of_a_directory_of_runs_lists_them(checkpoint: Path) -> None:
+    result = run("inspect", str(checkpoint.parent.parent))
+
+    assert result.exit_code == 0
+    assert result.output.startswith(f"{checkpoint}   step 5")
+
+
+@needs_torch
+def test_a_directory_of_runs_cannot_be_compared_with_a_plan(checkpoint: Path) -> None:
+    result = run("inspect", str(checkpoint.parent.parent), "strategy=single")
+
+    assert result.exit_code == 2
+    assert f"one checkpoint, such as {checkpoint}" in result.output
+
+
+@needs_torch
+def test_a_checkpoint_that_no_run_wrote_cannot_be_compared_with_a_plan(checkpoint: Path) -> None:
+    result = run("inspect", str(checkpoint), "strategy=single")
+
+    assert result.exit_code == 1
+    assert "was not written by a run" in result.output
+
+
+@needs_torch
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_inspect_reads_every_file_once(
+    checkpoint: Path, option: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchweld.checkpoint.files import Stamp
+
+    read: list[str] = []
+    whole = Stamp.of
+
+    def counted(path: Path) -> Stamp:
+        read.append(path.name)
+        return whole(path)
+
+    monkeypatch.setattr(Stamp, "of", counted)
+    run("inspect", str(checkpoint), *option)
+
+    assert sorted(read) == ["00000.json", "00000.safetensors"]

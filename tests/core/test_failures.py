@@ -51,6 +51,24 @@ def assert_saved_whole(root: Path, newest: str = "step-4") -> Path:
     return found
 
 
+# ---- a rank that hangs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_hangs_is_shown_where_it_is(who: int, tmp_path: Path) -> None:
+    with launched(tmp_path, "data", "wait", str(who), TORCHWELD_HANG_SECONDS="2") as launch:
+        codes = launch.codes()
+        seconds = time.time() - wait_for_harm(tmp_path, who)
+
+    assert codes == [1, 1]
+    assert seconds < 2 + 2 * SOON  # the one that hangs has ten seconds to hear of it
+    told = launch.output(1 - who)
+    assert f"RankFailed: rank {1 - who} waited in vain for the others in step 5" in told
+    assert f"rank {who} is at: step 5, train_and_fail.py:" in told
+    assert "in wait" in told
+    assert f"rank {who} is at: step 5" in launch.output(who)
+
+
 # ---- an exception on one rank --------------------------------------------------------------------
 
 

@@ -27,6 +27,14 @@ from torchweld.testing import empty_registry
 
 Surgery = Callable[[Parts], Any]
 
+SPEAKING = {
+    "barebones": False,
+    "enable_checkpointing": False,
+    "logger": False,
+    "enable_progress_bar": False,
+}
+"""Flags of a run that prints what is no warning, too."""
+
 
 def change(surgery: Surgery, model: nn.Module | None = None, loss: Any = F.cross_entropy) -> Any:
     """What the difference says of one surgery."""
@@ -191,6 +199,55 @@ def test_a_surgery_that_changes_nothing_is_a_warning(capsys: pytest.CaptureFixtu
 def test_a_surgery_that_changes_nothing_is_an_error_under_strict() -> None:
     with pytest.raises(SurgeryError, match="TW501  stranger changed nothing"):
         operated(lambda parts: parts, strict=True, edits="model.modules")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_surgery_that_changes_nothing_can_be_allowed(
+    strict: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = component(lambda parts: parts, edits="model.modules")
+    settings = {"surgery": [chosen], "strict": strict, "allow": ["TW501:stranger"]}
+
+    fit(make_net(), make_loader(), settings={**settings, **SPEAKING})
+
+    output = capsys.readouterr().out
+    assert "TW501 stranger changed nothing; you allowed it: TW501:stranger" in output
+    assert "warning" not in output
+
+
+def test_a_change_outside_the_claims_can_be_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"surgery": [component(replaces_a_layer, edits=())], "allow": ["TW502:stranger"]}
+    model = make_net()
+
+    fit(model, make_loader(), settings={**settings, **SPEAKING})
+
+    assert isinstance(model[2], nn.GELU)
+    assert "does not claim" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("allow", [["TW502:other"], ["TW501:stranger"]])
+def test_allowing_something_else_allows_nothing(allow: list[str]) -> None:
+    settings = {"surgery": [component(replaces_a_layer, edits=())], "allow": allow}
+
+    with pytest.raises(SurgeryError, match="TW502  stranger changed 'model'"):
+        fit(make_net(), make_loader(), settings=settings)
+
+
+def test_allowing_what_no_surgery_does_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"surgery": [component(replaces_a_layer)], "allow": ["TW501:strange"]}
+
+    fit(make_net(), make_loader(), settings=settings)
+
+    said = "warning: TW103 allow='TW501:strange' matches no finding"
+    assert said in capsys.readouterr().out
+
+
+def test_apply_surgery_takes_what_was_allowed_in_training() -> None:
+    chosen = component(replaces_a_layer, edits=())
+
+    model = apply_surgery(make_net(), [chosen], allow=["TW502:stranger"], registry=empty_registry())
+
+    assert isinstance(layers(Parts(model))[2], nn.GELU)
 
 
 def test_every_change_outside_the_claims_is_said_at_once() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 from torchweld.components import Chosen, Component, Settings
 from torchweld.interfaces import GroupRule, OptimizerFactory, ParameterShape, SetupRequest
@@ -236,3 +237,51 @@ def shapes_of(model: nn.Module) -> dict[str, ParameterShape]:
     """What an estimate is made of."""
     named = model.named_parameters()
     return {n: ParameterShape(tuple(p.shape), p.dtype, p.requires_grad) for n, p in named}
+
+
+# ---- models with blocks ---
+
+
+class Block(nn.Module):
+    """Two layers and a parameter of one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(33, 17), nn.Linear(17, 33)
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.outer(torch.tanh(self.inner(inputs)))
+        return inputs + self.scale * hidden
+
+
+class Blocks(nn.Module):
+    """Three blocks, the second of which may be left out, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.head = nn.Linear(33, models.NUM_CLASSES)
+
+    def forward(self, inputs: Tensor, *, branch: bool = True) -> Tensor:
+        hidden = self.blocks[0](inputs)
+        if branch:
+            hidden = self.blocks[1](hidden)
+        logits: Tensor = self.head(self.blocks[2](hidden))
+        return logits
+
+
+def recomputing() -> nn.Module:
+    """Blocks that compute their activations again in backward, as activation checkpointing does."""
+    model = Blocks()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def compiled() -> nn.Module:
+    """Blocks whose forward is compiled in place."""
+    model = Blocks()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return model

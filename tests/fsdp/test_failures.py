@@ -41,6 +41,17 @@ def test_a_rank_that_is_gone_is_named_and_ends_all(harm: str, who: int, tmp_path
     assert_saved_whole(tmp_path / "runs")
 
 
+def test_a_rank_that_hangs_is_shown_where_it_is(tmp_path: Path) -> None:
+    limit = {"STRATEGY": "fsdp", "TORCHWELD_HANG_SECONDS": "2"}
+    with launched(tmp_path, "data", "wait", "1", **limit) as launch:
+        codes = launch.codes()
+
+    assert codes == [1, 1]
+    told = launch.output(0)
+    assert "RankFailed: rank 0 waited in vain for the others in step 5" in told
+    assert "rank 1 is at: step 5, train_and_fail.py:" in told
+
+
 @pytest.mark.slow
 def test_five_runs_killed_at_random_moments_resume_bitwise(tmp_path: Path) -> None:
     assert killed_while_saving(tmp_path, "fsdp", rounds=5) == []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,14 +17,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD
-from torch.utils.data import DataLoader, TensorDataset
 
 from tests.fsdp.fairscale_runs import (
+    Blocks,
     Training,
     by_hand,
+    compiled,
     difference,
     make_session,
+    recomputing,
     shapes_of,
     through_torchweld,
     train,
@@ -38,7 +38,10 @@ from torchweld.testing import RanksFailed, StrategyConformance, models, run_rank
 from torchweld.testing.registry import empty_registry
 from torchweld.testing.states import Kept, assemble, weights
 from torchweld_fsdp.fairscale import fully_sharded, imports
-from torchweld_fsdp.fairscale.components import FAIRSCALE_FSDP, fairscale_fsdp_claims
+from torchweld_fsdp.fairscale.components import (
+    FAIRSCALE_FSDP,
+    fairscale_fsdp_claims,
+)
 from torchweld_fsdp.fairscale.fully_sharded import FairscaleFsdpStrategy, prepare_sharded
 from torchweld_fsdp.fairscale.imports import fairscale_module
 
@@ -106,31 +109,6 @@ class TestStreamless(StrategyConformance):
     world_sizes = (2,)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(33, 17), nn.Linear(17, 33)
-        self.scale = nn.Parameter(torch.full((1,), 0.5))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.outer(torch.tanh(self.inner(inputs)))
-        return inputs + self.scale * hidden
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block() for _ in range(3)])
-        self.head = nn.Linear(33, models.NUM_CLASSES)
-
-    def forward(self, inputs: torch.Tensor, *, branch: bool = True) -> torch.Tensor:
-        hidden = self.blocks[0](inputs)
-        if branch:
-            hidden = self.blocks[1](hidden)
-        logits: torch.Tensor = self.head(self.blocks[2](hidden))
-        return logits
-
-
 def partly_frozen() -> nn.Module:
     model = Blocks()
     model.get_submodule("blocks.0.inner").requires_grad_(False)
@@ -138,7 +116,19 @@ def partly_frozen() -> nn.Module:
     return model
 
 
+def double_buffer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(models.NUM_FEATURES, 7), nn.BatchNorm1d(7))
+    for name, buffer in list(model[1].named_buffers()):
+        setattr(model[1], name, buffer.double())
+    return model
+
+
+ACCUMULATED = Settings(accumulate_grad_batches=2)
+
+
 CASES = {
+    "recomputed": Training(recomputing, settings=Settings(gradient_clip_val=0.5)),
+    "compiled": Training(compiled),
     "clipped": Training(Blocks, settings=Settings(gradient_clip_val=0.5)),
     "bf16": Training(Blocks, settings=Settings(precision="bf16")),
     "partly frozen": Training(partly_frozen),
@@ -172,7 +162,7 @@ def trained_pieces(training: Training) -> list[Kept]:
 
 @on_cpu
 def test_one_value_for_its_part_is_what_raw_fairscale_takes_when_accumulating() -> None:
-    training = Training(Blocks, settings=Settings(accumulate_grad_batches=2))
+    training = Training(Blocks, settings=ACCUMULATED)
 
     pieces = run_ranks(unchecked_pieces, 2, training)
 
@@ -190,15 +180,46 @@ def unchecked_pieces(training: Training) -> list[Kept]:
 
 @on_cpu
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("training", "words"),
     [
-        (Settings(accumulate_grad_batches=2), "'blocks.0.scale' has shape"),
-        (Settings(precision="bf16-true"), "cannot do precision='bf16-true'"),
+        (Training(Blocks, settings=ACCUMULATED), "'blocks.0.scale' has shape"),
+        (Training(settings=Settings(precision="bf16-true")), "cannot do precision='bf16-true'"),
+        (Training(double_buffer), "'1.running_mean' is not fp32"),
     ],
 )
-def test_what_fairscale_gets_wrong_is_refused(settings: Settings, words: str) -> None:
+def test_what_fairscale_gets_wrong_is_refused(training: Training, words: str) -> None:
     with pytest.raises(RanksFailed, match=words):
-        run_ranks(trained_pieces, 2, Training(Blocks, settings=settings))
+        run_ranks(trained_pieces, 2, training)
+
+
+def test_raw_fairscale_keeps_the_groups_of_the_run_before() -> None:
+    before, after = run_ranks(raw_groups_of_two_runs, 1)[0]
+
+    assert before == after
+
+
+def raw_groups_of_two_runs() -> tuple[int, int]:
+    cached = fairscale_module("fairscale.internal.parallel").get_process_group_cached
+    found = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        found.append(cached())
+        dist.destroy_process_group()
+    del cached._global_group_cache
+    return id(found[0]), id(found[1])
+
+
+@on_cpu
+def test_raw_fairscale_casts_buffers() -> None:
+    assert run_ranks(raw_buffer_dtypes, 1) == [torch.float32]
+
+
+def raw_buffer_dtypes() -> torch.dtype:
+    model = raw_wrapped(double_buffer)
+    model.eval()
+    model(models.features(4)[0])
+    buffer: torch.Tensor = model.get_buffer("_fsdp_wrapped_module._fpw_module.1.running_mean")
+    return buffer.dtype
 
 
 @on_cpu
@@ -227,10 +248,16 @@ def test_raw_fairscale_uses_weights_of_the_last_evaluation_again() -> None:
 def raw_wrapped(make_model: Any) -> Any:
     replace_streams()
     dist.init_process_group("gloo")
-    wrap = fairscale_module("fairscale.nn.data_parallel").FullyShardedDataParallel
     imports.hide_deprecations()
     torch.manual_seed(0)
-    return wrap(make_model(), compute_device=torch.device("cpu"), flatten_parameters=False)
+    return wrap_raw(make_model(), flatten_parameters=False)
+
+
+def wrap_raw(model: nn.Module, **options: Any) -> Any:
+    # Its own groups are kept for the process, so a second test would wait for ranks of the first.
+    groups = {"process_group": dist.group.WORLD, "process_group_reduce_scatter": dist.group.WORLD}
+    wrap = fairscale_module("fairscale.nn.data_parallel").FullyShardedDataParallel
+    return wrap(model, compute_device=torch.device("cpu"), **groups, **options)
 
 
 def raw_written_after_an_evaluation() -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,40 +320,9 @@ def test_set_up_on_a_cpu_says_why_and_what_instead() -> None:
 def test_raw_fairscale_fsdp_ends_on_a_cpu_in_a_key_error() -> None:
     # In this process, where the streams have not been replaced.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    wrap = fairscale_module("fairscale.nn.data_parallel").FullyShardedDataParallel
-    wrapped = wrap(models.mlp(), compute_device=torch.device("cpu"))
+    wrapped = wrap_raw(models.mlp())
 
     with pytest.raises(KeyError, match="all_gather"):
         wrapped(models.features(4)[0])
 
     dist.destroy_process_group()
-
-
-# ---- with CUDA -------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_fairscale_fsdp_learns_on_gpus(precision: Any) -> None:
-    losses = run_ranks(fit_on_gpus, min(torch.cuda.device_count(), 2), precision)
-
-    assert max(losses) < 0.8
-
-
-def fit_on_gpus(precision: Any) -> float:
-    registry = empty_registry(strategies=[FAIRSCALE_FSDP])
-    trainer = Trainer(
-        strategy="fairscale_fsdp",
-        precision=precision,
-        max_epochs=20,
-        gradient_clip_val=1.0,
-        barebones=True,
-        registry=registry,
-    )
-    inputs, _ = models.features(64)
-    data = TensorDataset(inputs, inputs[:, : models.NUM_CLASSES].argmax(1))
-    result = trainer.fit(
-        Blocks(), DataLoader(data, 8), loss=F.cross_entropy, optimizer=partial(SGD, lr=0.1)
-    )
-    return result.metrics["train_loss"]

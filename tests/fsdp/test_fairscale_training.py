@@ -16,10 +16,13 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fsdp.fairscale_runs import (
+    Blocks,
     Training,
     by_hand,
+    compiled,
     difference,
     make_session,
+    recomputing,
     shapes_of,
     through_torchweld,
 )
@@ -37,10 +40,15 @@ def biases_fast(name: str, _module: nn.Module, _parameter: nn.Parameter) -> dict
     return {"lr": 0.3, "weight_decay": 0.0} if name.endswith("bias") else {}
 
 
+def frozen_apart(_name: str, _module: nn.Module, parameter: nn.Parameter) -> dict[str, object]:
+    return {} if parameter.requires_grad else {"lr": 0.0}
+
+
 CASES = {
     "mlp": Training(settings=CLIPPED, steps=5),
     "gpt": Training(models.TinyGpt, models.tokens, settings=CLIPPED, steps=5),
     "frozen": Training(models.frozen_mlp, settings=CLIPPED, steps=5),
+    "a frozen group": Training(models.frozen_mlp, groups=frozen_apart, settings=CLIPPED, steps=5),
     "groups": Training(groups=biases_fast, settings=CLIPPED, steps=5),
 }
 
@@ -67,6 +75,19 @@ def test_two_ranks_equal_ddp_bitwise_without_clipping(component: Component, prec
     ranks = run_ranks(through_torchweld, 2, training, component)
 
     assert [difference(r.weights, expected[0].weights) for r in ranks] == [0.0, 0.0]
+
+
+@BOTH
+@pytest.mark.parametrize("make_model", [recomputing, compiled])
+def test_recomputed_and_compiled_blocks_train_as_plain_ones(
+    component: Component, make_model: Any
+) -> None:
+    training = Training(make_model, settings=Settings(gradient_clip_val=0.5))
+
+    for rank in run_ranks(through_torchweld, 2, training, component):
+        assert (
+            difference(rank.weights, by_hand(replace(training, make_model=Blocks)).weights) <= 1e-7
+        )
 
 
 # ---- memory ------------------------------------------------------------------------------------

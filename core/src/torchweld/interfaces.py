@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from pathlib import Path
 
     import torch
@@ -129,6 +130,21 @@ class SetupRequest:
 
 
 @dataclass(frozen=True)
+class ParameterShape:
+    """One parameter of a model that need not exist: what an estimate of memory is made of.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: as the model was built; the precision may ask for another one.
+        trained: whether it has a gradient and optimizer state.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool = True
+
+
+@dataclass(frozen=True)
 class Shard:
     """A piece of one state tensor; over all ranks the pieces of a name cover it exactly once.
 
@@ -231,12 +247,19 @@ class Strategy(Protocol):
 
     def estimate(
         self,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        shapes: Mapping[str, ParameterShape],
         optimizer_slots: int,
         world_size: int,
         settings: Settings,
     ) -> Mapping[str, int]:
-        """Bytes a rank; ``optimizer_slots``: tensors kept for each parameter (Adam 2)."""
+        """Bytes on the rank with most: ``parameters``, ``gradients``, ``optimizer``, and more.
+
+        Args:
+            shapes: canonical names; tied parameters once.
+            optimizer_slots: tensors kept for each trained parameter, of its shape (Adam 2).
+            world_size: number of processes.
+            settings: ``precision="bf16-true"`` casts the parameters.
+        """
 
     def teardown(self) -> None:
         """Release what ``setup`` took; the process group is core's."""
@@ -411,6 +434,9 @@ class Run(Protocol):
 
     def save(self) -> Path:
         """Write a checkpoint now; an error inside an accumulation window."""
+
+    def async_save(self) -> Future[Path]:
+        """Copy the state now, write it beside the next steps; the future has the path once done."""
 
     def export(self, path: str | Path) -> Path:
         """Write the consolidated weights."""

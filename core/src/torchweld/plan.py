@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchweld.problems import Problem
     from torchweld.resolving.adaptation import Adjustment
     from torchweld.resolving.conflicts import Deferred
+    from torchweld.resolving.memory import Memory
     from torchweld.resolving.ordering import Edge
 
 SHORT = 6
@@ -47,6 +48,7 @@ class Plan:
         owned: slot to the names of its owners.
         choices: what the user chose, before adaptation.
         again: resolves the same choices with other facts.
+        settle: gives findings of a later moment the severities that the user asked for.
     """
 
     order: tuple[Chosen, ...]
@@ -61,6 +63,9 @@ class Plan:
     owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
     choices: tuple[Chosen, ...] = field(default=(), compare=False, repr=False)
     again: Callable[..., Plan] | None = field(default=None, compare=False, repr=False)
+    settle: Callable[[Sequence[Problem]], tuple[Problem, ...]] = field(
+        default=tuple, compare=False, repr=False
+    )
 
     @property
     def short(self) -> str:
@@ -96,9 +101,16 @@ class Plan:
         """The plan as text: order with reasons, adjustments, owners, open checks, problems."""
         return explain_plan(self, world_size=world_size)
 
-    def to_json(self) -> str:
-        """The same as data; the keys are those of the plan's attributes and stay."""
-        return json.dumps(self._as_dict(), indent=2, sort_keys=True, default=identity)
+    def to_json(self, *, memory: Memory | None = None) -> str:
+        """The same as data; the keys are those of the plan's attributes and stay.
+
+        Args:
+            memory: an estimate to put beside them, as ``"memory"``.
+        """
+        data = self._as_dict()
+        if memory is not None:
+            data["memory"] = memory.as_data()
+        return json.dumps(data, indent=2, sort_keys=True, default=identity)
 
     def summary(self) -> Mapping[str, str]:
         """Flat text, one entry a component and setting: what processes compare and diff."""

@@ -12,7 +12,7 @@ from torchweld.problems import Problem
 from torchweld.resolving.adaptation import Adapted, adapt
 from torchweld.resolving.conflicts import Deferred, find_conflicts, find_deferred
 from torchweld.resolving.declared import unknown_words
-from torchweld.resolving.findings import in_order, merge, settle_severities
+from torchweld.resolving.findings import in_order, merge, settle_later, settle_severities
 from torchweld.resolving.known import Known, check_facts
 from torchweld.resolving.ordering import Ordered, order
 from torchweld.resolving.suggestions import with_fixes
@@ -73,6 +73,7 @@ def resolve(
             strict=strict,
             offered=tuple(offered),
         ),
+        settle=partial(settle_later, allow=tuple(allow), strict=strict),
     )
 
 

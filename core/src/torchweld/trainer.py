@@ -152,7 +152,6 @@ class Trainer:
             duration,
             bare(extras) if barebones else extras,
             parse_devices(devices),
-            strict,
         )
         self._launched: Launched | None = None
         self._run: TrainingRun | None = None
@@ -322,7 +321,11 @@ class Trainer:
 
 
 def apply_surgery(
-    model: nn.Module, surgery: Choice | Sequence[Choice], *, registry: Registry | None = None
+    model: nn.Module,
+    surgery: Choice | Sequence[Choice],
+    *,
+    allow: Sequence[str] = (),
+    registry: Registry | None = None,
 ) -> nn.Module:
     """Return ``model`` after surgeries, as a run with them would make it.
 
@@ -330,6 +333,7 @@ def apply_surgery(
 
     Raises:
         PlanError: the choices cannot be made together.
+        SurgeryError: one changes what it does not claim, and ``allow`` does not name it.
     """
     plan = make_plan(
         registry if registry is not None else Registry.installed(),
@@ -338,12 +342,12 @@ def apply_surgery(
         surgery=surgery,
         # Nothing is trained, so what surgeries need of loss and batches does not matter.
         facts={"world>1": False, **_ANY_TRAINING},
+        allow=allow,
     )
     plan.raise_for_problems()
     operations = [(chosen, chosen.make()) for chosen in plan.surgeries]
     loss = torch.nn.functional.cross_entropy
-    parts, _, _ = operate_all(Parts(model, loss), operations, plan.settings, strict=False)
-    return parts.model
+    return operate_all(Parts(model, loss), operations, plan).parts.model
 
 
 _ANY_TRAINING = {

@@ -17,6 +17,7 @@ from torchweld.checkpoint import (
     describe,
     export_weights,
     find_damage,
+    inspect,
     last,
     load_weights,
     write,
@@ -186,7 +187,7 @@ def test_nothing_here_reads_pickle(path: Path, monkeypatch: pytest.MonkeyPatch) 
     exported = export_weights(checkpoint, path.parent / "w.safetensors")
 
     assert last(path.parent) == (path, [])
-    assert "all intact" in describe(path)
+    assert "all intact" in describe(inspect(path))
     assert torch.equal(load_weights(exported)["w"], checkpoint.tensor("model/w"))
 
 

@@ -146,18 +146,22 @@ def test_prune_keeps_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-0", "step-1"]
 
 
-def test_remove_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_takes_the_name_first_and_ctrl_c_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tmp_path / "run" / "step-1")
+    seen: list[list[str]] = []
 
-    def killed(_path: Path) -> None:
+    def interrupted(run: Path) -> None:
+        seen.append([left.name for left in run.iterdir()])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(find, "sync_directory", killed)
+    monkeypatch.setattr(find, "sync_directory", interrupted)
     with pytest.raises(KeyboardInterrupt):
         remove(path)
 
-    assert complete(tmp_path) == []
-    assert [left.name for left in (tmp_path / "run").iterdir()] == [".step-1.part"]
+    assert seen == [[".step-1.part"]]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_remove_takes_what_a_killed_replacement_left_along(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def save(path: Path, step: int = 90) -> Path:
 
 
 def test_describe_shows_what_resuming_needs(tmp_path: Path) -> None:
-    text = describe(save(tmp_path / "step-90"))
+    text = describe(inspect(save(tmp_path / "step-90")))
 
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[1] == "step 90 epoch 2 5760 samples"
@@ -53,7 +53,7 @@ def test_describe_shows_what_resuming_needs(tmp_path: Path) -> None:
         "group 1 0 parameters lr 0",
         "model 1 tensors 2.0 MB",
         "optimizer 2 tensors 2.0 MB",
-        "other 0 tensors 0.0 MB",
+        "other 0 tensors 0 B",
         "files all intact",
     ]
 
@@ -69,7 +69,7 @@ def test_describe_names_damaged_files(tmp_path: Path) -> None:
     path = save(tmp_path / "step-90")
     (path / "00000.safetensors").write_bytes(b"")
 
-    text = describe(path)
+    text = describe(inspect(path))
 
     assert "00000.safetensors: truncated to 0 of" in text
     assert "all intact" not in text
@@ -80,14 +80,14 @@ def test_describe_still_answers_without_an_index(tmp_path: Path) -> None:
     path = save(tmp_path / "step-90")
     (path / "00000.json").unlink()
 
-    assert "00000.json: missing" in describe(path)
+    assert "00000.json: missing" in describe(inspect(path))
 
 
 def test_describe_answers_for_an_incomplete_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path / "step-90")
     (path / "manifest.json").unlink()
 
-    assert "manifest.json, which is written last, is missing" in describe(path)
+    assert "manifest.json, which is written last, is missing" in describe(inspect(path))
     assert inspect(path)["complete"] is False
 
 
@@ -96,7 +96,7 @@ def test_describe_lists_the_checkpoints_of_a_run(tmp_path: Path) -> None:
     damaged = save(tmp_path / "run" / "step-95", 95)
     (damaged / "00000.safetensors").unlink()
 
-    newest, oldest = describe(tmp_path / "run").splitlines()
+    newest, oldest = describe(inspect(tmp_path / "run")).splitlines()
 
     assert "step 95" in newest
     assert newest.endswith("damaged: 00000.safetensors: missing")
@@ -108,9 +108,9 @@ def test_describe_lists_an_incomplete_checkpoint_of_a_run(tmp_path: Path) -> Non
     path = save(tmp_path / "run" / "step-90")
     (path / "manifest.json").unlink()
 
-    assert describe(tmp_path / "run").startswith(f"{path}   damaged: ")
+    assert describe(inspect(tmp_path / "run")).startswith(f"{path}   damaged: ")
 
 
 def test_describe_says_when_there_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        describe(tmp_path)
+        describe(inspect(tmp_path))

@@ -2,8 +2,8 @@
 
     train_and_fail.py PLACE HARM WHO ROOT [CKPT_PATH]
 
-PLACE and HARM are names below; WHO is the rank that it happens to, or ``all``. A run that ends well
-prints a digest of its weights.
+PLACE and HARM are names below; WHO is the rank that it happens to, or ``all``. The strategy is that
+of the variable STRATEGY. A run that ends well prints a digest of its weights.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def main(place: str, harm: str, who: str, root: str, ckpt_path: str | None = Non
     act("before")
     model = Net(act)
     trainer = Trainer(
+        strategy=os.environ.get("STRATEGY", "auto"),
         data=use("torch", batch_size=4),
         default_root_dir=root,
         callbacks=[Harm(act), ModelCheckpoint(every_n_train_steps=2)],

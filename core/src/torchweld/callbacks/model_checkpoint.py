@@ -10,6 +10,8 @@ from torchweld.checkpoint import remove
 from torchweld.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torchweld.interfaces import Border, Progress, Run
 
 
@@ -24,9 +26,13 @@ class ModelCheckpoint:
             beside them. The default of 2 leaves an intact one should the newest be damaged.
         every_n_train_steps: optimizer steps between two; None for not inside epochs.
         every_n_epochs: epochs between two at their ends; None for not there.
+        async_save: copy this rank's part of the state to the CPU at the border, and write it in a
+            thread beside the next steps. Costs memory for the copy. At most one is in flight: the
+            next one waits for it, and so does the end of the run. One that cannot be written ends
+            the run on all ranks at the next border, and the older ones stay.
 
     Attributes:
-        last: the newest checkpoint of this run, None before the first.
+        last: the newest complete checkpoint of this run, None before the first.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class ModelCheckpoint:
         save_top_k: int = 2,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = 1,
+        async_save: bool = False,
     ) -> None:
         if mode not in {"min", "max"}:
             raise InvalidArgument(f"mode={mode!r}: choose 'min' or 'max'")
@@ -47,7 +54,9 @@ class ModelCheckpoint:
                 raise InvalidArgument(f"every {value} {name}: give at least 1, or None for never")
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
+        self.async_save = async_save
         self.last: Path | None = None
+        self._pending: tuple[float, Future[Path]] | None = None
         self._saved: list[tuple[float, Path]] = []  # oldest first
         self._saved_step: int | None = None
 
@@ -61,19 +70,43 @@ class ModelCheckpoint:
         if "fit_start" in border.kind:
             # The checkpoints of an earlier run of the same Trainer are that run's.
             self.last, self._saved, self._saved_step = None, [], None
+            self._pending = None
+        self._take_done(run)
         step = border.progress.step
         if step in {0, self._saved_step} or not self._is_due(border):
             return
         if self.monitor is not None and self.monitor not in border.metrics:
             self._refuse_unknown(border)
             return
-        self.last, self._saved_step = run.save(), step
-        score = border.metrics[self.monitor] if self.monitor is not None else -float(step)
-        if self.monitor is not None and self.mode == "max":
-            score = -score
-        self._saved.append((math.inf if math.isnan(score) else score, self.last))
+        self._saved_step = step
+        if self.async_save and "fit_end" not in border.kind:
+            future = run.async_save()
+            self._take_done(run)  # the one before: it was waited for
+            self._pending = self._score(border), future
+        else:
+            self._keep(self._score(border), run.save(), run)
+
+    def _take_done(self, run: Run) -> None:
+        """Count the one in flight once it is complete; that it failed is the run's to say."""
+        if self._pending is not None and self._pending[1].done():
+            (score, future), self._pending = self._pending, None
+            if future.exception() is None:
+                self._keep(score, future.result(), run)
+
+    def _keep(self, score: float, path: Path, run: Run) -> None:
+        self.last = path
+        self._saved.append((score, path))
         if run.env.rank == 0:
             self._prune()
+
+    def _score(self, border: Border) -> float:
+        """What checkpoints are compared by; the smallest is the best."""
+        if self.monitor is None:
+            return -float(border.progress.step)
+        score = border.metrics[self.monitor]
+        if math.isnan(score):
+            return math.inf
+        return -score if self.mode == "max" else score
 
     def _is_due(self, border: Border) -> bool:
         progress = border.progress

@@ -12,10 +12,11 @@ from torchweld.checkpoint.format import find_damage, is_checkpoint
 from torchweld.checkpoint.reader import Checkpoint
 from torchweld.checkpoint.report import describe, inspect
 from torchweld.checkpoint.state import decode, encode
-from torchweld.checkpoint.writer import Exchange, alone, rank_name, write
+from torchweld.checkpoint.writer import Draft, Exchange, alone, rank_name, snapshot, write
 
 __all__ = [
     "Checkpoint",
+    "Draft",
     "Exchange",
     "Skipped",
     "alone",
@@ -35,5 +36,6 @@ __all__ = [
     "prune",
     "rank_name",
     "remove",
+    "snapshot",
     "write",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One piece to write; ``tensor`` aliases live memory."""
+    """One piece to write; ``tensor`` aliases live memory, unless it was copied."""
 
     stored: Stored
     tensor: Tensor
@@ -52,6 +52,24 @@ def collect_entries(shards: Iterable[Shard], tensors: Mapping[str, Tensor]) -> l
             raise CheckpointError(f"{name!r} is given twice: {several[0]} and {several[1]} overlap")
     files.check_keys(entry.stored.key for entry in entries)
     return entries
+
+
+def copy_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """Copy the pieces to the CPU; what they were taken from may change from then on.
+
+    From CUDA they go into pinned memory, all at once, and the current stream is waited for.
+    """
+    entries = list(entries)
+    copied = [replace(entry, tensor=_copy(entry.tensor.detach())) for entry in entries]
+    for device in {entry.tensor.device for entry in entries if entry.tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copied
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    pinned = tensor.is_cuda
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor, non_blocking=pinned)
 
 
 def _named(shards: Iterable[Shard], tensors: Mapping[str, Tensor]) -> Iterable[Any]:

@@ -93,8 +93,12 @@ def remove(path: Path) -> None:
     # What a killed replacement left would be taken for the checkpoint once its name is free.
     shutil.rmtree(old_path(path), ignore_errors=True)
     path.rename(part)
-    sync_directory(path.parent)
-    shutil.rmtree(part)
+    try:
+        sync_directory(path.parent)
+        shutil.rmtree(part)
+    except BaseException:  # Ctrl-C: what has lost its name would stay for ever
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def prune(paths: Sequence[Path], keep: int) -> list[Path]:

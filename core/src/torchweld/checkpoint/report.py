@@ -22,6 +22,7 @@ from torchweld.checkpoint.format import (
 )
 from torchweld.checkpoint.state import decode_with, dtype_from
 from torchweld.errors import CheckpointError
+from torchweld.resolving.memory import size_text
 
 _KINDS = {"model": "model", "optim": "optimizer"}
 
@@ -33,7 +34,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         For a checkpoint: ``kind`` ``"checkpoint"``, ``path``, ``complete``, ``damage`` (a list,
         empty when every file is intact), and as far as they can be read ``step``, ``epoch``,
         ``samples``, ``created``, ``torchweld``, ``torch``, ``world_size``, ``plan``,
-        ``components``, ``metrics``, ``groups``, ``tensors``.
+        ``components``, ``makers``, ``metrics``, ``groups``, ``tensors``.
         For a run or a directory of runs: ``kind`` ``"run"``, ``path``, ``checkpoints``.
 
     Raises:
@@ -55,13 +56,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
-def describe(path: str | Path) -> str:
-    """Return :func:`inspect` as the text that ``torchweld inspect`` prints.
-
-    Raises:
-        CheckpointError: there is neither a checkpoint nor a run at ``path``.
-    """
-    report = inspect(path)
+def describe(report: Mapping[str, Any]) -> str:
+    """Return what :func:`inspect` found as the text that ``torchweld inspect`` prints."""
     if report["kind"] == "run":
         return "\n".join(_line(one) for one in report["checkpoints"])
     return "\n".join(f"{label:<12}{text}" for label, text in _rows(report) if text)
@@ -81,7 +77,7 @@ def _inspect_checkpoint(directory: Path) -> dict[str, Any]:
     header = manifest["header"]
     keys = ("step", "epoch", "samples", "created", "torchweld", "torch", "world_size")
     report.update({key: manifest[key] for key in keys})
-    report.update({key: header.get(key) for key in ("model_digest", "metrics")})
+    report.update({key: header.get(key) for key in ("model_digest", "metrics", "makers")})
     report.update(_plan(header), groups=_groups(header))
     if not any(_is_of_index(problem) for problem in report["damage"]):
         report["tensors"] = _tensors(directory, range(len(manifest["ranks"])))
@@ -155,7 +151,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         hyper = {key: value for key, value in group.items() if key != "parameters"}
         rows.append((f"group {number}", f"{group['parameters']} parameters   {_pairs(hyper)}"))
     for kind, total in report.get("tensors", {}).items():
-        rows.append((kind, f"{total['count']} tensors   {total['bytes'] / 1e6:.1f} MB"))
+        rows.append((kind, f"{total['count']} tensors   {size_text(total['bytes'])}"))
     damage: Sequence[str] = report["damage"]
     rows += [("damaged", problem) for problem in damage] or [("files", "all intact")]
     return rows
@@ -169,6 +165,7 @@ def _header_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", f"torchweld {report['torchweld']}   torch {report['torch']}"),
         ("plan", (report["plan"] or "")[:6]),
         ("components", ", ".join(report["components"])),
+        ("made with", _pairs(report["makers"] or {})),
         ("metrics", _pairs(report["metrics"] or {})),
     ]
 

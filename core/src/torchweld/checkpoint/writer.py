@@ -7,7 +7,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 from torchweld.checkpoint import files
-from torchweld.checkpoint.collect import Entry, check_json, collect_entries, file_entry
+from torchweld.checkpoint.collect import (
+    Entry,
+    check_json,
+    collect_entries,
+    copy_entries,
+    file_entry,
+)
 from torchweld.checkpoint.format import (
     FORMAT,
     MANIFEST,
@@ -86,22 +93,109 @@ def write(
     Raises:
         CheckpointError: on all ranks, naming the ranks that failed and why; nothing is left.
     """
-    path, entries = Path(path), list[Entry]()
-    together = _Together(path, rank, world_size, exchange)
+    draft = Draft(Path(path), rank, world_size, header, state)
+    draft.take_in(exchange, lambda: collect_entries(shards, tensors or {}))
+    return draft.finish(exchange)
 
-    def prepare() -> str:
-        entries.extend(collect_entries(shards, tensors or {}))
-        _make_part(path, rank, header, state)
-        return path.name
 
-    try:
-        _check_names(together("ready", prepare))
-        stamps = together("written", lambda: _write_rank(path, rank, entries, state))
-        together("complete", lambda: _complete(path, rank, stamps, header))
-    except BaseException:  # also Ctrl-C: nothing half-written may stay
-        shutil.rmtree(partial_path(path), ignore_errors=True)
-        raise
-    return path
+def snapshot(
+    path: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    exchange: Exchange = alone,
+    shards: Iterable[Shard],
+    tensors: Mapping[str, Tensor] | None = None,
+    header: Mapping[str, Any],
+    state: Any = None,
+) -> Draft:
+    """Copy to the CPU what a checkpoint is to hold; ``finish`` writes it, in any thread.
+
+    Everything given may be changed afterwards. Needs memory for all of this rank's pieces.
+
+    Args:
+        path: as the other arguments, those of :func:`write`; ``exchange`` is called once.
+
+    Raises:
+        CheckpointError: on all ranks, naming the ranks that failed and why.
+    """
+    draft = Draft(Path(path), rank, world_size, header, state)
+    draft.take_in(exchange, lambda: copy_entries(collect_entries(shards, tensors or {})))
+    draft.state = json.loads(json.dumps(draft.state))
+    draft.header = json.loads(json.dumps(draft.header)) if rank == 0 else {}
+    return draft
+
+
+@dataclass
+class Draft:
+    """A checkpoint that is being made, as one rank sees it.
+
+    Rank 0 owns the directory. Another rank removes what it has written only until it has said so:
+    after that rank 0 may be about to give the directory its name.
+    """
+
+    path: Path
+    rank: int
+    world_size: int
+    header: Mapping[str, Any]
+    state: Any
+    entries: list[Entry] = field(default_factory=list)
+
+    def take_in(self, exchange: Exchange, collect: Callable[[], list[Entry]]) -> None:
+        """Collect what this rank is to write, and make the directory; all ranks call it.
+
+        Raises:
+            CheckpointError: on all ranks, naming the ranks that failed and why; nothing is left.
+        """
+
+        def prepare() -> str:
+            self.entries = collect()
+            _make_part(self.path, self.rank, self.header, self.state)
+            return self.path.name
+
+        try:
+            _check_names(self._together(exchange)("ready", prepare))
+        except BaseException:  # also Ctrl-C: nothing half-written may stay
+            self.discard()
+            raise
+
+    def finish(self, exchange: Exchange) -> Path:
+        """Write, and give the directory its name once every rank has written; all call it.
+
+        Raises:
+            CheckpointError: on all ranks, naming the ranks that failed and why; nothing is left.
+        """
+        together = self._together(exchange)
+        announced = False
+
+        def write_mine() -> dict[str, Any]:
+            nonlocal announced
+            stamp = _write_rank(self.path, self.rank, self.entries, self.state)
+            announced = True
+            return stamp
+
+        try:
+            stamps = together("written", write_mine)
+            together("complete", lambda: _complete(self.path, self.rank, stamps, self.header))
+        except BaseException:
+            if self.rank == 0 or not announced:
+                self.discard()
+            raise
+        return self.path
+
+    def _together(self, exchange: Exchange) -> _Together:
+        return _Together(self.path, self.world_size, exchange)
+
+    def discard(self) -> None:
+        """Remove what this rank may remove of a checkpoint that will not be completed."""
+        part = partial_path(self.path)
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            return
+        for file in (tensors_path(part, self.rank), index_path(part, self.rank)):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, or with files of other ranks in it
+            part.rmdir()
 
 
 def partial_path(path: Path) -> Path:
@@ -119,7 +213,6 @@ class _Together:
     """Does one thing on every rank and raises on all of them when one could not."""
 
     path: Path
-    rank: int
     world_size: int
     exchange: Exchange
 
@@ -178,8 +271,7 @@ def _is_empty_directory(path: Path) -> bool:
 
 def _write_rank(path: Path, rank: int, entries: list[Entry], state: Any) -> dict[str, Any]:
     part = partial_path(path)
-    # Rank 0 made it, but a network file system may show it late, and a rank that was slow to clean
-    # up after a failed write may just have removed it.
+    # Rank 0 made it, but a network file system may show it late.
     part.mkdir(exist_ok=True)
     stamp = files.write_tensors(
         tensors_path(part, rank), [file_entry(entry) for entry in entries], {}

@@ -1,20 +1,29 @@
 """The command line: ``torchweld plugins | plan | explain | doctor | inspect``.
 
-Every command answers while a plugin is broken; only ``inspect`` may import torch.
+Every command answers while a plugin is broken; only ``inspect`` and ``plan --model`` import torch.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from torchweld.cli.group import PluginGroup
 from torchweld.cli.screens import doctor_text, plugins_data, plugins_text
-from torchweld.errors import CheckpointError, InvalidArgument
+from torchweld.errors import InvalidArgument, TorchweldError
 from torchweld.problems import TITLES
 from torchweld.registry import Registry
 from torchweld.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from torchweld.cli.inspected import Resuming
+    from torchweld.plan import Plan
+    from torchweld.resolving.memory import Memory
 
 
 @click.group(cls=PluginGroup)
@@ -36,12 +45,17 @@ def plugins(as_json: bool) -> None:
 @click.option("--world-size", type=click.IntRange(1), help="Processes that will be launched.")
 @click.option("--allow", multiple=True, metavar="KEY", help="Accept a finding: TW302:cutmix+mixup.")
 @click.option("--strict", is_flag=True, help="Make errors of warnings.")
+@click.option("--model", metavar="PKG:MAKE", help="Estimate memory for this module or function.")
+@click.option("--optimizer", metavar="NAME", help="For --model: adamw, sgd:momentum=0.9, pkg:make.")
 @click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
 def plan(
     words: tuple[str, ...],
+    *,
     world_size: int | None,
     allow: tuple[str, ...],
     strict: bool,
+    model: str | None,
+    optimizer: str | None,
     as_json: bool,
 ) -> None:
     r"""Check choices without starting anything.
@@ -49,25 +63,31 @@ def plan(
     \b
     torchweld plan strategy=ddp data=torch surgery=blurpool,cutmix:alpha=0.5
     torchweld plan strategy=ddp precision=bf16 accumulate_grad_batches=4 --world-size 2
+    torchweld plan strategy=ddp --world-size 8 --model train:make_model --optimizer adamw
 
     Values are TOML literals and bare words; quotes protect commas and colons.
     Exits with 1 when the choices cannot run together.
     """
     # Only this command resolves; `torchweld plugins` has 0.3 s in all.
     from torchweld.cli.planned import plan_of_words
-    from torchweld.resolving.explain import render_problems
+    from torchweld.resolving.explain import explain_plan, render_problems
+    from torchweld.resolving.memory import HOW_TO_ASK
 
+    if (model is None) != (optimizer is None):
+        raise click.UsageError("memory is estimated for --model and --optimizer together")
     registry = Registry.installed()
-    try:
+    with _errors_in_one_line():
         made = plan_of_words(registry, words, world_size=world_size, allow=allow, strict=strict)
-    except InvalidArgument as error:
-        raise click.UsageError(str(error)) from None
+    memory = None
+    if model is not None and optimizer is not None and not made.has_errors:
+        memory = _memory(made, model, optimizer, world_size or 1)
     if as_json:
-        click.echo(made.to_json())
+        click.echo(made.to_json(memory=memory))
     elif made.has_errors:
         click.echo(render_problems(made.problems).rstrip())
     else:
-        click.echo(made.explain(world_size=world_size).rstrip())
+        lines = [HOW_TO_ASK] if memory is None else memory.lines()
+        click.echo(explain_plan(made, world_size=world_size, memory=lines).rstrip())
     _mention_broken(registry)
     click.get_current_context().exit(1 if made.has_errors else 0)
 
@@ -102,24 +122,74 @@ def doctor(ctx: click.Context) -> None:
 
 
 @main.command(name="inspect")
-@click.argument("checkpoint", type=click.Path())
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--world-size", type=click.IntRange(1), help="Processes that would resume it.")
+@click.option("--model", metavar="PKG:MAKE", help="Compare with this module or function.")
 @click.option("--json", "as_json", is_flag=True, help="Print data instead of text.")
-@click.pass_context
-def inspect_checkpoint(ctx: click.Context, checkpoint: str, as_json: bool) -> None:
-    """Show what is in a checkpoint or a run, and whether it is intact.
+def inspect_checkpoint(
+    checkpoint: Path,
+    words: tuple[str, ...],
+    *,
+    world_size: int | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    r"""Show what is in a checkpoint or a run, and whether it is intact.
 
-    Exits with 1 when it is damaged.
+    With the words of a plan, also what resuming under it would change.
+
+    \b
+    torchweld inspect runs/1124-0931-7c41e0/step-90
+    torchweld inspect runs/1124-0931-7c41e0/step-90 strategy=ddp surgery=blurpool --world-size 2
+
+    Exits with 0 when it is intact and can be resumed, with 1 when it is damaged or would be
+    refused under the plan.
     """
-    # torch takes 2-3 s to import; no other command needs it.
+    # torch takes 2-3 s to import; few commands need it.
     from torchweld.checkpoint import describe, inspect
 
-    try:
+    with _errors_in_one_line():
         report = inspect(checkpoint)
-        click.echo(_json(report) if as_json else describe(checkpoint))
-    except CheckpointError as error:
+        text = describe(report)
+        possible = not (report.get("damage") or report.get("complete") is False)
+        if possible and (words or world_size is not None or model is not None):
+            found = _resuming(report, words, world_size, model)
+            report["resume"], possible = found.as_data(), found.is_possible
+            text += f"\n\n{found.text()}"
+    click.echo(_json(report) if as_json else text)
+    click.get_current_context().exit(0 if possible else 1)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except InvalidArgument as error:
+        raise click.UsageError(str(error)) from None
+    except TorchweldError as error:
         raise click.ClickException(str(error)) from None
-    damaged = bool(report.get("damage")) or report.get("complete") is False
-    ctx.exit(1 if damaged else 0)
+
+
+def _memory(made: Plan, model: str, optimizer: str, world_size: int) -> Memory:
+    # torch takes 2-3 s to import.
+    from torchweld.cli.building import estimate_memory
+
+    with _errors_in_one_line():
+        return estimate_memory(made, model=model, optimizer=optimizer, world_size=world_size)
+
+
+def _resuming(
+    report: Mapping[str, Any], words: Sequence[str], world_size: int | None, model: str | None
+) -> Resuming:
+    from torchweld.cli.inspected import resuming
+
+    if report["kind"] == "run":
+        newest = report["checkpoints"][0]["path"]
+        raise InvalidArgument(f"a plan is compared with one checkpoint, such as {newest}")
+    return resuming(
+        Registry.installed(), Path(report["path"]), words, world_size=world_size, model=model
+    )
 
 
 def _mention_broken(registry: Registry) -> None:

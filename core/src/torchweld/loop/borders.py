@@ -11,6 +11,7 @@ import torch
 
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
+from torchweld.loop.beside import BesideSaver
 from torchweld.model.parameters import TrainableWatch
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Borders:
     Attributes:
         metrics: the newest value of everything that was measured.
         stop_asked: this rank wants the run to end.
+        saver: holds the checkpoint that is being written beside the training.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -31,6 +33,7 @@ class Borders:
         self._wiring = run.wiring
         self.metrics: dict[str, float] = {}
         self.stop_asked = False
+        self.saver = BesideSaver()
         self._marks: set[int] = set()
         self._since = time.monotonic()
         self._validated_at: int | None = None
@@ -116,9 +119,12 @@ class Borders:
         self._since = time.monotonic()
 
     def _reduce(self) -> None:
+        # A rank that knows already that a checkpoint failed must not leave alone: here all hear.
         totals = self._wiring.recorder.reduce(
-            stop=self.stop_asked, grad_norm=self._wiring.prepared.grad_norm()
+            stop=self.stop_asked or self.saver.failed, grad_norm=self._wiring.prepared.grad_norm()
         )
+        if totals.stop:
+            self.saver.wait()
         self._run.position.samples += totals.samples
         self.metrics.update(totals.metrics)
         seconds = time.monotonic() - self._since
@@ -211,16 +217,21 @@ class Borders:
         """The border after the last step: validation if it is due, then the callbacks."""
         if self._finished:
             return
+        self.saver.wait()
         validation, step = self._wiring.validation, self._run.position.step
         if validation.loaders and self._validated_at != step and step > 0:
             self._validate()
             self._log(step)
         self._call({"fit_end"})
+        self.saver.wait()
         self._end("success")
 
     def abandon(self, error: BaseException | None) -> None:
-        """End after an error: nothing is validated or saved, what is open is closed."""
+        """End after an error: nothing is validated or saved anew, what is open is closed."""
         if not self._finished:
+            unsaved = self.saver.wait_after_error()
+            if unsaved:
+                self._wiring.console.warn(unsaved)
             note = self._run.where.get("note")
             if note is not None and error is not None:
                 self._wiring.console.warn(str(note))

@@ -59,7 +59,7 @@ class Evaluator:
         """
         with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
             loader.set_epoch(0)
-            sums, counts = self._sums(islice(self._in_step(loader), limit), loader)
+            sums, counts = self._sums(islice(self._in_step(loader), limit))
             result = self._reduce(sums, counts)
             result.update(self._computed())
         return result
@@ -69,27 +69,46 @@ class Evaluator:
         outputs: list[Any] = []
         with rng.preserved(), modes_kept(self.model), evaluating(self.handle):
             loader.set_epoch(0)
-            for batch in self._in_step(loader):
+            for batch, samples in self._in_step(loader):
                 result = self.forward(self._prepared_batch(batch))[0]
-                if loader.samples(batch) > 0:
+                if samples > 0:
                     outputs.append(result)
         return outputs
 
-    def _in_step(self, loader: Loader) -> Iterator[Any]:
-        """The batches of ``loader``; where evaluation is a collective, all ranks get as many."""
-        if self.is_collective and loader.num_batches is None:
+    def _in_step(self, loader: Loader) -> Iterator[tuple[Any, int]]:
+        """The batches of ``loader`` and how many samples of each count.
+
+        Where evaluation is a collective, a rank with fewer batches repeats its last one, which
+        counts for nothing: otherwise the others would wait for it for ever.
+        """
+        longest = self._longest(loader) if self.is_collective else 0
+        batch = None
+        for batch in loader:
+            longest -= 1
+            yield batch, loader.samples(batch)
+        for _ in range(longest):
+            yield batch, 0
+
+    def _longest(self, loader: Loader) -> int:
+        """The most batches that a rank has."""
+        counts = self.ranks.exchange("evaluation", str(loader.num_batches))
+        if "None" in counts:
             raise RunError(
                 "evaluation under this strategy needs every process to read as many batches, and "
                 "the data has no length: give it one, or evaluate on a Dataset"
             )
-        return iter(loader)
+        lengths = [int(count) for count in counts]
+        if min(lengths) == 0 and max(lengths):
+            raise RunError(
+                f"evaluation under this strategy needs every process, and rank {lengths.index(0)} "
+                f"has no batch (the processes have {', '.join(counts)}): give every one some data"
+            )
+        return max(lengths)
 
     def _prepared_batch(self, batch: Any) -> Any:
         return batch if self.transform is None else self.transform(batch)
 
-    def _sums(
-        self, batches: Iterator[Any], loader: Loader
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _sums(self, batches: Iterator[tuple[Any, int]]) -> tuple[dict[str, Any], dict[str, Any]]:
         sums: dict[str, Any] = {}
         counts: dict[str, Any] = {}
         for name, metric in self.metrics.items():
@@ -99,8 +118,7 @@ class Evaluator:
                 sums[name], counts[name] = 0.0, 0.0
         sums["loss"], counts["loss"] = 0.0, 0
         sums[_SAMPLES], counts[_SAMPLES] = 0, 0
-        for batch in batches:
-            samples = loader.samples(batch)
+        for batch, samples in batches:
             outputs, targets = self.forward(self._prepared_batch(batch))
             counts[_SAMPLES] += samples
             if samples == 0:  # only there to keep the ranks in step

@@ -15,11 +15,12 @@ from torchweld.interfaces import Env, Progress
 from torchweld.loop.borders import Borders
 from torchweld.loop.fit_loop import FitLoop
 from torchweld.loop.own_loop import OwnLoop
-from torchweld.loop.saving import export_run, save_run
+from torchweld.loop.saving import async_save_run, export_run, save_run
 from torchweld.loop.timetable import Segment, next_segment
 from torchweld.loop.weighing import Weigher
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from pathlib import Path
     from types import TracebackType
 
@@ -146,12 +147,28 @@ class TrainingRun:
         Raises:
             LoopError: inside an accumulation window, or between backward and step.
         """
+        self._check_savable()
+        return save_run(self)
+
+    def async_save(self) -> Future[Path]:
+        """Copy the state to the CPU now and write it beside the next steps; every rank calls it.
+
+        It waits for the checkpoint before, if that is still being written. A failure in the thread
+        ends the run on all ranks at the next border, also if nobody asks the future. The future
+        is done on every rank in another moment: nothing that all must do alike may depend on it.
+
+        Raises:
+            LoopError: inside an accumulation window, or between backward and step.
+        """
+        self._check_savable()
+        return async_save_run(self)
+
+    def _check_savable(self) -> None:
         if self._own.in_window:
             raise LoopError(
                 "run.save() was called inside an accumulation window: half a gradient cannot be "
                 "saved; call it after the window's last run.step()"
             )
-        return save_run(self)
 
     def export(self, path: str | Path) -> Path:
         """Write the consolidated weights as one safetensors file; every rank must call it."""
@@ -163,11 +180,16 @@ class TrainingRun:
 
     def close(self) -> None:
         """Do the border work that is still pending, and the last border's."""
-        if not self._closed:
-            self._closed = True
+        if self._closed:
+            return
+        self._closed = True
+        try:
             self._own.close()
             self.borders.finish()
-            self.guard.close()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self.guard.close()
 
     def __enter__(self) -> TrainingRun:  # noqa: PYI034 - Self is in typing from 3.11 on
         return self
@@ -182,8 +204,12 @@ class TrainingRun:
             self.close()
             return
         self._closed = True
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
         self.borders.abandon(error)
-        self.guard.__exit__(kind, error, traceback)
+        self.guard.__exit__(type(error), error, error.__traceback__)
 
 
 def _bind_loss(wiring: Wiring) -> Callable[[Any, Any], Any]:

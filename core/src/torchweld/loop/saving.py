@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,10 @@ from torchweld.checkpoint import (
     export_weights,
     last,
     rank_name,
+    snapshot,
     write,
 )
+from torchweld.checkpoint.position import Reading, batch_here
 from torchweld.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -34,8 +38,32 @@ def save_run(run: TrainingRun) -> Path:
     """Write ``<run directory>/step-<n>``; every rank must call it.
 
     Raises:
-        CheckpointError: nothing may be written in this run, or writing failed; on all ranks.
+        CheckpointError: nothing may be written in this run, or writing failed (also of the one
+            that was still being written beside the training); on all ranks.
     """
+    run.borders.saver.wait()
+    path = write(**_contents(run))
+    _note_safe(run, path)
+    return path
+
+
+def async_save_run(run: TrainingRun) -> Future[Path]:
+    """Copy the state, and write ``<run directory>/step-<n>`` beside the next steps.
+
+    Every rank must call it. It waits for the one before.
+
+    Raises:
+        CheckpointError: nothing may be written in this run, what is to be saved cannot be, or the
+            one before could not be written; on all ranks.
+    """
+    saver = run.borders.saver
+    saver.wait()
+    draft = snapshot(**_contents(run))
+    return saver.start(draft, run.wiring.ranks.beside("save"), partial(_note_safe, run))
+
+
+def _contents(run: TrainingRun) -> dict[str, Any]:
+    """The arguments of ``write``."""
     wiring, position = run.wiring, run.position
     if wiring.directory is None:
         raise CheckpointError(
@@ -43,18 +71,17 @@ def save_run(run: TrainingRun) -> Path:
             "out to save a checkpoint"
         )
     state, tensors = _rank_state(run)
-    path = write(
-        wiring.directory / f"step-{position.step}",
-        rank=wiring.ranks.rank,
-        world_size=wiring.ranks.world_size,
-        exchange=wiring.ranks.exchange,
-        shards=wiring.prepared.shards(),
-        tensors={rank_name(wiring.ranks.rank, key): value for key, value in tensors.items()},
-        header=_header(run),
-        state=state,
-    )
-    _note_safe(run, path)
-    return path
+    rank = wiring.ranks.rank
+    return {
+        "path": wiring.directory / f"step-{position.step}",
+        "rank": rank,
+        "world_size": wiring.ranks.world_size,
+        "exchange": wiring.ranks.exchange,
+        "shards": wiring.prepared.shards(),
+        "tensors": {rank_name(rank, key): value for key, value in tensors.items()},
+        "header": _header(run),
+        "state": state,
+    }
 
 
 def _note_safe(run: TrainingRun, path: Path) -> None:
@@ -82,14 +109,17 @@ def _header(run: TrainingRun) -> dict[str, Any]:
             "batch_size": loader.batch_size,
             "world_size": wiring.ranks.world_size,
             "accumulate": wiring.table.accumulate,
+            "batches_per_epoch": wiring.table.batches_per_epoch,
         },
     }
 
 
 def _makers(wiring: Wiring) -> dict[str, str]:
     """Whose state is saved; that of another class would be taken without a word."""
-    made = {"optimizer": wiring.prepared.optimizer, "lr_scheduler": wiring.scheduler}
-    return {argument: type(part).__name__ for argument, part in made.items() if part is not None}
+    makers = {"optimizer": wiring.optimizer_class}
+    if wiring.scheduler is not None:
+        makers["lr_scheduler"] = type(wiring.scheduler).__name__
+    return makers
 
 
 def _groups(wiring: Wiring) -> list[dict[str, Any]]:
@@ -253,7 +283,7 @@ def _restore_position(run: TrainingRun, header: Mapping[str, Any]) -> None:
     position, table = run.position, run.wiring.table
     position.step, position.epoch = header["step"], header["epoch"]
     position.samples = header["samples"]
-    position.batch = _batch_here(run, header["data"])
+    position.batch = batch_here(header["data"], _reading(run.wiring))
     position.steps_in_epoch = position.batch // table.accumulate
     if table.steps_per_epoch is not None:
         here = position.epoch * table.steps_per_epoch + position.steps_in_epoch
@@ -269,29 +299,14 @@ def _restore_loader(run: TrainingRun, state: Mapping[str, Any]) -> None:
         feed.start(position.epoch, position.batch)
 
 
-def _batch_here(run: TrainingRun, data: Mapping[str, Any]) -> int:
-    """The batch at which this number of processes and this batch size go on in the epoch."""
-    wiring = run.wiring
-    size, world = wiring.feed.loader.batch_size, wiring.ranks.world_size
-    before, accumulate = (data["batch_size"], data["world_size"]), wiring.table.accumulate
-    batch, rest = int(data["batch"]), 0
-    if batch and before != (size, world):
-        if size is None or data["batch_size"] is None:
-            raise CheckpointError(
-                f"the checkpoint is in the middle of an epoch read by {data['world_size']} "
-                f"processes, and this run has {world}: resume on {data['world_size']}, or from the "
-                "end of an epoch"
-            )
-        batch, rest = divmod(batch * before[0] * before[1], size * world)
-    # Without a length, windows run on over the ends of epochs.
-    if rest or (wiring.table.batches_per_epoch is not None and batch % accumulate):
-        raise CheckpointError(
-            f"the checkpoint is in the middle of an epoch, after {data['batch']} batches of "
-            f"{before[0]} on each of {before[1]} processes, which is no multiple of this run's "
-            f"window ({accumulate} x {size} on {world}): resume with a batch size, number of "
-            "processes and accumulate_grad_batches that divide it, or from the end of an epoch"
-        )
-    return batch
+def _reading(wiring: Wiring) -> Reading:
+    table = wiring.table
+    return Reading(
+        wiring.feed.loader.batch_size,
+        wiring.ranks.world_size,
+        table.accumulate,
+        has_length=table.batches_per_epoch is not None,
+    )
 
 
 def _resumed_line(

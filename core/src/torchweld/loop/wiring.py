@@ -52,6 +52,7 @@ class Wiring:
         root: ``default_root_dir``, where checkpoints are looked for.
         model_digest: of names, shapes and dtypes.
         group_names: names of the parameters in each group of the optimizer.
+        optimizer_class: of the optimizer that the user asked for.
         provides: tokens of the strategy.
         make_loader: ``data -> loader`` for evaluation.
     """
@@ -77,6 +78,7 @@ class Wiring:
     model_digest: str
     hparams: Mapping[str, Any]
     group_names: Sequence[Sequence[str]]
+    optimizer_class: str
     provides: frozenset[str]
     make_loader: Callable[[Any], Loader]
     loss: Callable[[Any, Any], Any] | None

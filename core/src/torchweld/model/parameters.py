@@ -128,12 +128,25 @@ def _rebinding(optimizer: Optimizer) -> OptimizerFactory:
     return bind
 
 
-def checked_factory(factory: OptimizerFactory) -> OptimizerFactory:
-    """Return ``factory`` with errors that say who made what; called by strategies."""
+class CheckedFactory:
+    """The user's factory, with errors that say who made what; called by strategies.
 
-    def make(groups: list[ParamGroup]) -> Optimizer:
+    Attributes:
+        made: class of the optimizer that it made last, which a strategy may wrap; "" before.
+    """
+
+    def __init__(self, factory: OptimizerFactory) -> None:
+        self._factory = factory
+        self.made = ""
+
+    def __call__(self, groups: list[ParamGroup]) -> Optimizer:
+        """Make the optimizer of ``groups``.
+
+        Raises:
+            InvalidArgument: it cannot be made of them, or is none.
+        """
         try:
-            made = factory(groups)
+            made = self._factory(groups)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(
                 f"optimizer= cannot be made of the parameter groups ({error}): give {_FACTORY}"
@@ -142,9 +155,8 @@ def checked_factory(factory: OptimizerFactory) -> OptimizerFactory:
             raise InvalidArgument(
                 f"optimizer= returned {type(made).__name__}, no optimizer: give {_FACTORY}"
             )
+        self.made = type(made).__name__
         return made
-
-    return make
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from torchweld.model.surgery import (
 )
 
 if TYPE_CHECKING:
-    from torchweld.components import Chosen, Settings
+    from torchweld.components import Chosen
+    from torchweld.plan import Plan
+    from torchweld.problems import Problem
     from torchweld.setup.launching import Launched
 
 
@@ -54,29 +56,43 @@ def build_model(model: Any, launched: Launched) -> nn.Module:
 # ---- surgery -------------------------------------------------------------------------------------
 
 
-def operate_all(
-    parts: Parts, surgeries: Sequence[tuple[Chosen, Any]], settings: Settings, *, strict: bool
-) -> tuple[Parts, list[Operated], dict[str, Any]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What all surgeries of a run did.
+
+    Attributes:
+        parts: changed.
+        reports: one a surgery.
+        problems: warnings, and what the user allowed.
+        stateful: by component name what it added that has state to be saved.
+    """
+
+    parts: Parts
+    reports: Sequence[Operated]
+    problems: Sequence[Problem]
+    stateful: Mapping[str, Any]
+
+
+def operate_all(parts: Parts, surgeries: Sequence[tuple[Chosen, Any]], plan: Plan) -> Outcome:
     """Apply every surgery in plan order and check each against its claims.
 
-    Returns:
-        The changed parts, one report a surgery, and by component name what it added that has
-        state to be saved.
-
     Raises:
-        SurgeryError: a change outside the claims; under ``strict`` also no change.
+        SurgeryError: a change outside the claims; under ``strict`` also no change. What ``allow``
+            names is no error.
     """
     reports: list[Operated] = []
+    problems: list[Problem] = []
     stateful: dict[str, Any] = {}
     for chosen, surgery in surgeries:
         before, old = snapshot(parts), parts
         parts = operate(chosen, surgery, parts)
         found = difference(before, snapshot(parts))
-        problems = check_claims(chosen.name, found, chosen.claims(settings))
-        reports.append(Operated(chosen, found, tuple(problems)))
+        problems += check_claims(chosen.name, found, chosen.claims(plan.settings))
+        reports.append(Operated(chosen, found))
         stateful.update(_stateful(chosen.name, old, parts))
-    raise_beyond_claims(reports, strict=strict)
-    return parts, reports, stateful
+    settled = plan.settle(problems)
+    raise_beyond_claims(settled)
+    return Outcome(parts, reports, settled, stateful)
 
 
 def _stateful(name: str, before: Parts, after: Parts) -> dict[str, Any]:

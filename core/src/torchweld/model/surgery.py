@@ -15,7 +15,7 @@ from torchweld.interfaces import Parts
 from torchweld.problems import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -228,17 +228,19 @@ def check_claims(name: str, found: Difference, claims: Claims) -> list[Problem]:
         what = f"{name} changed nothing"
         why = "the model has nothing for it to act on, or it looked for something else"
         return [Problem("TW501", "warning", what, why, f"leave {name} out", (name,))]
-    allowed = {
-        rel.target
-        for rel in relations(("model.modules",) if claims.edits is None else claims.edits)
-    }
-    allowed |= {rel.target for rel in relations(claims.owns or ())}
+    allowed = claimed_slots(claims)
     excess = sorted(
         part
         for part in found.fields
         if part in _SLOTS_OF_FIELD and not _SLOTS_OF_FIELD[part] & allowed
     )
     return [_beyond_claims(name, part, found) for part in excess]
+
+
+def claimed_slots(claims: Claims) -> frozenset[str]:
+    """The slots that a surgery may change."""
+    edits = relations(("model.modules",) if claims.edits is None else claims.edits)
+    return frozenset(rel.target for rel in (*edits, *relations(claims.owns or ())))
 
 
 def _beyond_claims(name: str, part: str, found: Difference) -> Problem:
@@ -298,24 +300,25 @@ def _who(chosen: Chosen) -> str:
 
 @dataclass(frozen=True)
 class Operated:
-    """One surgery that was done: what it changed, and what the claims say to that."""
+    """One surgery that was done, and what it changed."""
 
     chosen: Chosen
     found: Difference
-    problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
         return f"{self.chosen.name}: {self.found}"
 
 
-def raise_beyond_claims(reports: list[Operated], *, strict: bool) -> None:
-    """Raise for every change outside the claims; under ``strict`` also for no change.
+def raise_beyond_claims(problems: Sequence[Problem]) -> None:
+    """Raise what the claims do not cover, unless the user allowed it.
+
+    Args:
+        problems: with the severities that the user asked for.
 
     Raises:
-        SurgeryError: with all of them in the message.
+        SurgeryError: with all errors in the message.
     """
-    problems = [p for report in reports for p in report.problems]
-    errors = [p for p in problems if strict or p.severity == "error"]
+    errors = [p for p in problems if p.severity == "error"]
     if errors:
         lines = [f"{p.code}  {p.what}\n       {p.why}\n       {p.fix}" for p in errors]
         raise SurgeryError("\n".join(lines))

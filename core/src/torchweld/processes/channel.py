@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from torchweld.errors import PluginError, RankFailed, RankMissing, RunError
-from torchweld.processes.watching import Watch, left_key, process_mark
+from torchweld.processes.beside import BesideExchange
+from torchweld.processes.watching import Watch, asked_key, here_key, left_key, process_mark
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 _POLL_SECONDS = 0.005
 _CAUSE_SECONDS = 3.0  # how long to ask why contact was lost
+_ANSWER_SECONDS = 3.0  # how long to ask where the others are
 _LAST_READ_SECONDS = 10.0  # how long the host of the store waits for the others' last look
 
 
@@ -53,6 +55,7 @@ class Channel:
         self.group: Any = None
         self.timeout_seconds = timeout_seconds
         self._store: Any = store
+        self._unwaited_store = watch_store or store
         self._hosts_store = rank == host
         self._num_failures = self._num_exchanges = self._num_works = 0
         self._reported: BaseException | None = None
@@ -94,6 +97,17 @@ class Channel:
         """
         self._num_exchanges += 1
         return f"{kind}/{self._num_failures}/{self._num_exchanges}"
+
+    def beside(self, kind: str) -> BesideExchange:
+        """Return an exchange for a thread beside the main one; all ranks call this alike."""
+        return BesideExchange(
+            self._unwaited_store,
+            rank=self.rank,
+            world_size=self.world_size,
+            prefix=self.next_key(kind),
+            watch=self._watch,
+            timeout_seconds=self.timeout_seconds,
+        )
 
     def _check_same_place(self, label: str, labels: list[str]) -> None:
         for rank, other in enumerate(labels):
@@ -166,6 +180,9 @@ class Channel:
         first: RankFailed | None = None
         if _is_lost_contact(error) and watch.wait_for_cause(_CAUSE_SECONDS) is not None:
             first = self._failed(str(watch.cause))
+        elif _is_time_out(error):
+            watch.cause = self._waited_in_vain(error, where)
+            first = self._failed(watch.cause)
         if first is not None or isinstance(error, RankFailed):
             self._tell(watch.cause or str(error))
         else:
@@ -173,6 +190,23 @@ class Channel:
             self._tell(f"rank {self.rank} stopped in {where['doing']}: {what}")
         self._reported = first or error
         return first
+
+    def _waited_in_vain(self, error: BaseException, where: Mapping[str, Any]) -> str:
+        """Ask every rank where it is; all but one may wait like this one."""
+        key = f"failure/{self._num_failures}"
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        lines = [f"rank {self.rank} waited in vain for the others in {where['doing']}: {error}"]
+        with suppress(RuntimeError):  # the store is gone with its host
+            self._store.set(asked_key(key), "")
+            deadline = time.monotonic() + _ANSWER_SECONDS
+            keys = {rank: here_key(key, rank) for rank in others}
+            while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            for rank, answer in keys.items():
+                known = self._store.check([answer])
+                place = bytes(self._store.get(answer)).decode() if known else "no answer"
+                lines.append(f"  rank {rank} is at: {place}")
+        return "\n".join(lines)
 
     def _tell(self, cause: str) -> None:
         """Say why this rank stops, unless another was first."""
@@ -215,6 +249,14 @@ def missing(late: list[int], world_size: int, label: str, seconds: float) -> Ran
         f"{seconds:g} s: look for its own error above, or start all processes "
         "(TORCHWELD_TIMEOUT_SECONDS sets the time)"
     )
+
+
+def _is_time_out(error: BaseException) -> bool:
+    """Whether a collective was given up; torch has no class for that."""
+    if isinstance(error, PluginError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
 def _is_lost_contact(error: BaseException) -> bool:

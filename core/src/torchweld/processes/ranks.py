@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env
 from torchweld.processes.channel import Channel, missing
+
+if TYPE_CHECKING:
+    from torchweld.processes.beside import BesideExchange
 
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,6 +46,10 @@ class Ranks:
     def exchange(self, label: str, text: str) -> list[str]:
         """Give ``text`` to all ranks and return everybody's; see :meth:`Channel.exchange`."""
         return self._channel.exchange(label, text)
+
+    def beside(self, kind: str) -> BesideExchange:
+        """Return an exchange for a thread beside the main one; see :meth:`Channel.beside`."""
+        return self._channel.beside(kind)
 
     @contextmanager
     def first_cause(self, where: Mapping[str, Any]) -> Iterator[None]:
@@ -83,6 +90,7 @@ class Ranks:
                 ),
                 rank=self.rank,
                 world_size=self.world_size,
+                timeout=_hang_timeout(),
             )
             self._channel.group = dist.group.WORLD
         self.env = replace(self.env, group=dist.group.WORLD)
@@ -205,6 +213,12 @@ def _existing_group() -> tuple[Env, Channel]:
 
 def _timeout_seconds() -> float:
     return float(os.environ.get("TORCHWELD_TIMEOUT_SECONDS", "300"))
+
+
+def _hang_timeout() -> timedelta | None:
+    """How long a collective waits for another rank; None: as long as torch has it, 10 to 30 min."""
+    seconds = os.environ.get("TORCHWELD_HANG_SECONDS")
+    return None if seconds is None else timedelta(seconds=float(seconds))
 
 
 def _device(accelerator: str, local_rank: int) -> torch.device:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchweld.processes.whereabouts import whereabouts
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -75,6 +77,7 @@ class Watch:
         self._mine = process_mark()
         self._marks: dict[int, str] = {}
         self._host_left = False
+        self._answered = ""
         self._thread: threading.Thread | None = None
         self._heard, self._stopped = threading.Event(), threading.Event()
 
@@ -125,6 +128,7 @@ class Watch:
         try:
             if self._store.check([self.failure_key]):
                 return bytes(self._store.get(self.failure_key)).decode()
+            self._answer()
             if self._host is not None and self._host != self._rank:
                 self._host_left = self._host_left or self._has_left(self._host)
             gone = [rank for rank in self._peers if self._ended(rank) and not self._has_left(rank)]
@@ -134,6 +138,13 @@ class Watch:
         except RuntimeError:  # the store is closed with the process that hosts it
             return None if self._host_left else self._host_is_gone()
         return _gone(gone[0]) if gone else None
+
+    def _answer(self) -> None:
+        """Say where this process is, once, if another asks because it waits in vain."""
+        key = self.failure_key
+        if key != self._answered and self._store.check([asked_key(key)]):
+            self._answered = key
+            self._store.set(here_key(key, self._rank), whereabouts(self.where))
 
     def _has_left(self, rank: int) -> bool:
         keys = [left_key(number, rank) for number in tuple(self.open)]
@@ -157,6 +168,16 @@ class Watch:
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
         os._exit(1)
+
+
+def asked_key(failure_key: str) -> str:
+    """Set by a rank that waits in vain and wants to know where the others are."""
+    return f"{failure_key}/asked"
+
+
+def here_key(failure_key: str, rank: int) -> str:
+    """Where ``rank`` is, once it was asked."""
+    return f"{failure_key}/here/{rank}"
 
 
 def left_key(number: int, rank: int) -> str:

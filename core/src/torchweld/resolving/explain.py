@@ -20,12 +20,18 @@ _NAME = 19  # columns of a component's name
 _INDENT = _LABEL + 2 + _NAME
 
 
-def explain_plan(plan: Plan, *, world_size: int | None = None) -> str:
-    """The whole plan: order with reasons, adjustments, owners, what is open, what is wrong."""
+def explain_plan(plan: Plan, *, world_size: int | None = None, memory: Sequence[str] = ()) -> str:
+    """The whole plan: order with reasons, adjustments, owners, what is open, what is wrong.
+
+    Args:
+        plan: to show.
+        world_size: number of processes, where it is known.
+        memory: lines on what is held on each rank, or on how to ask for it.
+    """
     blocks = [
         _headline(plan, world_size),
         "\n".join(line for phase in PHASES for line in _phase_lines(plan, phase, world_size)),
-        "\n".join([*_deferred_lines(plan), *_settled_lines(plan)]),
+        "\n".join([*_deferred_lines(plan), *_settled_lines(plan), *_memory_lines(memory)]),
         *(problem_text(problem) for problem in plan.problems),
     ]
     if plan.problems:
@@ -168,6 +174,13 @@ def _settled_lines(plan: Plan) -> list[str]:
     for entry in plan.settled:
         label = "" if lines else "settled for you"
         lines += _hang(f"{label:18}", f"{entry.what} ({entry.why})" if entry.why else entry.what)
+    return lines
+
+
+def _memory_lines(memory: Sequence[str]) -> list[str]:
+    lines: list[str] = []
+    for line in memory:
+        lines += _hang(f"{'' if lines else 'memory':18}", line)
     return lines
 
 

@@ -11,6 +11,7 @@ from torchweld.spelling import did_you_mean
 
 _RANK = {severity: rank for rank, severity in enumerate(get_args(Severity))}
 _DECIDED_LATER = ("TW5", "TW6")
+_OF_SURGERIES = ("TW501", "TW502")
 _NEVER_ALLOWED = "TW1"  # a component that does not exist, or cannot be built, stays an error
 
 
@@ -69,6 +70,7 @@ def settle_severities(
     allow: Sequence[str] = (),
     strict: bool = False,
     open_keys: Iterable[str] = (),
+    later: tuple[str, ...] = _DECIDED_LATER,
 ) -> tuple[Problem, ...]:
     """Turn warnings into errors under ``strict``, and what ``allow`` names into ``allowed``.
 
@@ -77,13 +79,16 @@ def settle_severities(
         allow: keys such as ``"TW302:cutmix+mixup"``; the names may come in any order.
         strict: the same as the Trainer's.
         open_keys: keys of what may still be found later; an ``allow`` of those is no mistake.
+        later: beginnings of codes of which the same is true.
 
     Returns:
         The problems in order, with a warning for each ``allow`` that matched nothing.
     """
     problems = list(problems)
     wanted = {normal_key(key): key for key in allow}
-    missed = _unmatched(wanted, [p.key for p in problems], {normal_key(key) for key in open_keys})
+    still_open = {normal_key(key) for key in open_keys}
+    still_open |= {key for key in wanted if key.startswith(later)}
+    missed = _unmatched(wanted, [p.key for p in problems], still_open)
     settled = []
     for problem in (*problems, *missed):
         if strict and problem.severity == "warning":
@@ -92,6 +97,14 @@ def settle_severities(
             problem = replace(problem, severity="allowed")  # noqa: PLW2901 - the same finding
         settled.append(problem)
     return in_order(settled)
+
+
+def settle_later(
+    problems: Sequence[Problem], *, allow: Sequence[str] = (), strict: bool = False
+) -> tuple[Problem, ...]:
+    """The same for what surgeries were found to do; their keys cannot be judged earlier."""
+    keys = [key for key in allow if normal_key(key).startswith(_OF_SURGERIES)]
+    return settle_severities(problems, allow=keys, strict=strict, later=())
 
 
 def normal_key(key: str) -> str:
@@ -132,7 +145,7 @@ def _unmatched(wanted: Mapping[str, str], found: Sequence[str], later: set[str])
                     found[:0],
                 )
             )
-        elif not (normal in found or normal in later or normal.startswith(_DECIDED_LATER)):
+        elif not (normal in found or normal in later):
             idle.append(
                 (key, "matches no finding of this plan", "it may be a slip of the pen", found)
             )

@@ -26,7 +26,6 @@ class Config:
     duration: Duration
     extras: Extras
     devices: int | None
-    strict: bool
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,17 @@ from torchweld.loop.recorder import Recorder
 from torchweld.loop.wiring import Wiring, needs_closure
 from torchweld.model.facts import loss_facts, model_facts
 from torchweld.model.parameters import (
+    CheckedFactory,
     as_factory,
     check_groups,
     check_materialised,
     check_trained,
-    checked_factory,
     make_groups,
     model_digest,
     model_lines,
     without_frozen_groups,
 )
-from torchweld.model.remaking import Weights, build_model, numbered, operate_all
+from torchweld.model.remaking import Outcome, Weights, build_model, numbered, operate_all
 from torchweld.processes.agree import agree_on_model
 from torchweld.resolving.explain import render_problems
 from torchweld.setup.launching import Launched, build, guarded
@@ -45,6 +45,7 @@ from torchweld.setup.loading import (
     train_loader,
     validation,
 )
+from torchweld.setup.memory import memory_report, parameter_shapes, summary
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, ParamGroup, Prepared
@@ -82,18 +83,23 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     )  # fmt: skip
     # Made anew for every run: a surgery may keep things between the steps of one.
     surgeries = [(chosen, build(chosen)) for chosen in launched.plan.surgeries]
-    parts, reports, stateful = operate_all(
-        parts, surgeries, launched.plan.settings, strict=config.strict
-    )
-    weights.load_late(parts.model)
-    for report in reports:
-        console.say(str(report))
-        for problem in report.problems:
-            console.warn(f"{problem.code} {problem.what}: {problem.why}; {problem.fix}")
-    lines = model_lines(parts.model)
+    done = operate_all(parts, surgeries, launched.plan)
+    weights.load_late(done.parts.model)
+    _tell(done, console)
+    lines = model_lines(done.parts.model)
     digest = model_digest(lines)
     agree_on_model(launched.ranks, lines, digest)
-    return Remade(launched, parts, stateful, digest)
+    return Remade(launched, done.parts, done.stateful, digest)
+
+
+def _tell(done: Outcome, console: Console) -> None:
+    for report in done.reports:
+        console.say(str(report))
+    for problem in done.problems:
+        if problem.severity == "allowed":
+            console.say(f"{problem.code} {problem.what}; you allowed it: {problem.key}")
+        else:
+            console.warn(f"{problem.code} {problem.what}: {problem.why}; {problem.fix}")
 
 
 def decided(plan: Plan, facts: Mapping[str, bool]) -> Plan:
@@ -118,9 +124,14 @@ def decided(plan: Plan, facts: Mapping[str, bool]) -> Plan:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model under its strategy."""
+    """The model under its strategy.
+
+    Attributes:
+        optimizer_class: whose state is saved; a strategy may have put its own around it.
+    """
 
     prepared: Prepared
+    optimizer_class: str
     group_names: list[list[str]]
     provides: frozenset[str]
 
@@ -130,9 +141,10 @@ def set_up(remade: Remade, console: Console) -> Ready:
     launched, parts = remade.launched, remade.parts
     provides = strategy_tokens(launched.plan)
     groups = _groups(parts, provides, console) if parts.optimizer is not None else []
+    factory = None if parts.optimizer is None else CheckedFactory(parts.optimizer)
     request = SetupRequest(
         groups=groups,
-        optimizer=None if parts.optimizer is None else checked_factory(parts.optimizer),
+        optimizer=factory,
         optimizer_wrappers=parts.optimizer_wrappers,
         grad_transforms=parts.grad_transforms,
         env=launched.ranks.env,
@@ -147,7 +159,10 @@ def set_up(remade: Remade, console: Console) -> Ready:
         names = check_trained(prepared, groups)
     for note in prepared.notes:
         console.say(note)
-    return Ready(prepared, names, provides)
+    made = factory.made if factory is not None else ""
+    if parts.optimizer_wrappers:
+        made = type(prepared.optimizer).__name__
+    return Ready(prepared, made, names, provides)
 
 
 def strategy_tokens(plan: Plan) -> frozenset[str]:
@@ -182,10 +197,13 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
     log_every = None if extras.barebones else extras.log_every_n_steps
     table = make_timetable(launched, loader, config.duration, log_every, console)
     check_numbers(config, plan, loader, table, ranks.world_size, console)
+    shapes = parameter_shapes(parts.model)  # before the strategy replaces them
     ready = set_up(remade, console)
     check_closure(ready.prepared, plan)
     if extras.model_summary:
         console.say(summary(plan, parts.model, ready.prepared))
+        report = memory_report(launched, shapes, ready.prepared, console.say)
+        parts = replace(parts, callbacks=(*report, *parts.callbacks))
     scheduler = _scheduler(request, ready.prepared, table)
     directory = _directory(launched, config)
     handle = Handle(ready.prepared)
@@ -228,6 +246,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
         model_digest=remade.digest,
         hparams=request.hparams,
         group_names=ready.group_names,
+        optimizer_class=ready.optimizer_class,
         provides=ready.provides,
         make_loader=lambda data: evaluation_loader(launched, data),
         loss=parts.loss,
@@ -282,17 +301,6 @@ def check_closure(prepared: Prepared, plan: Plan) -> None:
             f"{name} evaluates the loss itself, so accumulate_grad_batches="
             f"{plan.settings.accumulate_grad_batches} has no meaning: leave it at 1"
         )
-
-
-def summary(plan: Plan, model: torch.nn.Module, prepared: Prepared) -> str:
-    """One line: how many parameters, and how many bytes of them are on this rank."""
-    assert plan.strategy is not None
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    megabytes = prepared.bytes_per_rank().get("parameters", 0) / 1e6
-    spaced = f"{total:,} parameters{f' ({frozen:,} frozen)' if frozen else ''}".replace(",", " ")
-    return f"{plan.strategy.name}: {spaced}, {megabytes:.2f} MB of them on this rank"
 
 
 def _scheduler(request: FitRequest, prepared: Prepared, table: Timetable) -> Any | None:

@@ -18,11 +18,10 @@ from torchweld.strategies.replicated import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from torchweld.components import Settings
-    from torchweld.interfaces import Env, Prepared, SetupRequest
+    from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
 
 
 class DdpStrategy:
@@ -73,13 +72,16 @@ class DdpStrategy:
 
     def estimate(
         self,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        shapes: Mapping[str, ParameterShape],
         optimizer_slots: int,
         world_size: int,
         settings: Settings,
     ) -> Mapping[str, int]:
-        """The same on every rank: the whole model, its gradients and its optimizer state."""
-        return estimate_replicated(shapes, optimizer_slots)
+        """The same on every rank: the whole model, its gradients and its optimizer state.
+
+        DDP's buckets are the gradients themselves.
+        """
+        return estimate_replicated(shapes, optimizer_slots, settings)
 
     def teardown(self) -> None:
         """Nothing was taken; the process group is core's."""

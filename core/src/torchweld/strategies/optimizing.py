@@ -152,7 +152,7 @@ class OptimizerStep:
         self.scaler.update()
         self._zero()
         # The scaler tells a skipped step in no other way than by lowering its scale.
-        return self.scaler.get_scale() >= scale
+        return bool(self.scaler.get_scale() >= scale)
 
 
 def make_optimizer(request: SetupRequest) -> Optimizer:

@@ -20,13 +20,13 @@ from torchweld.strategies.optimizer_state import (
     restore_optimizer,
     state_bytes,
 )
-from torchweld.strategies.optimizing import OptimizerStep
+from torchweld.strategies.optimizing import Gradients, OptimizerStep
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from torchweld.components import Settings
-    from torchweld.interfaces import Env, SetupRequest
+    from torchweld.interfaces import Env, ParameterShape, SetupRequest
 
 
 def place(model: nn.Module, request: SetupRequest) -> nn.Module:
@@ -51,6 +51,7 @@ def prepare_replicated(
     *,
     wrapped: nn.Module,
     window: Callable[[bool, int], None] | None,
+    gradients: Gradients | None = None,
 ) -> Prepared:
     """Bind everything for a ``model`` that every rank holds whole.
 
@@ -58,9 +59,12 @@ def prepare_replicated(
         model: the bare module, on its device.
         wrapped: what is called in training; ``model`` itself where nothing wraps it.
         window: what a new accumulation window has to tell the wrapper, None for nothing.
+        gradients: where a rank does not hold all of them; None: it does.
     """
     env, settings = request.env, request.settings
-    optimizing = OptimizerStep(model, request) if request.optimizer is not None else None
+    optimizing = None
+    if request.optimizer is not None:
+        optimizing = OptimizerStep(model, request, gradients=gradients)
     optimizer = optimizing.optimizer if optimizing else None
     scale = WindowScale(window)
     return Prepared(
@@ -105,11 +109,18 @@ class WindowScale:
 
 
 def estimate_replicated(
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], optimizer_slots: int
+    shapes: Mapping[str, ParameterShape], optimizer_slots: int, settings: Settings
 ) -> dict[str, int]:
-    """Bytes on each rank: parameters, as many gradients, and the optimizer's tensors."""
-    weights = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-    return {"parameters": weights, "gradients": weights, "optimizer": optimizer_slots * weights}
+    """Bytes on each rank: all parameters; gradients and optimizer state of the trained ones."""
+    total = sum(_num_bytes(one, settings) for one in shapes.values())
+    trained = sum(_num_bytes(one, settings) for one in shapes.values() if one.trained)
+    return {"parameters": total, "gradients": trained, "optimizer": optimizer_slots * trained}
+
+
+def _num_bytes(one: ParameterShape, settings: Settings) -> int:
+    is_cast = settings.precision == "bf16-true" and one.dtype.is_floating_point
+    dtype = torch.bfloat16 if is_cast else one.dtype
+    return torch.Size(one.shape).numel() * dtype.itemsize
 
 
 def no_step() -> bool:

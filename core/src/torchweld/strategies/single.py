@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from torchweld.strategies.replicated import estimate_replicated, place, prepare_replicated
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from torchweld.components import Settings
-    from torchweld.interfaces import Env, Prepared, SetupRequest
+    from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
 
 
 class SingleStrategy:
@@ -35,13 +34,13 @@ class SingleStrategy:
 
     def estimate(
         self,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        shapes: Mapping[str, ParameterShape],
         optimizer_slots: int,
         world_size: int,
         settings: Settings,
     ) -> Mapping[str, int]:
         """The whole model, its gradients and its optimizer state."""
-        return estimate_replicated(shapes, optimizer_slots)
+        return estimate_replicated(shapes, optimizer_slots, settings)
 
     def teardown(self) -> None:
         """Nothing was taken."""

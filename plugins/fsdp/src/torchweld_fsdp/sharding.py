@@ -116,6 +116,7 @@ def shard_model(
     mesh = make_mesh(env, options.replicate)
     check_reshard(options.reshard_after_forward, mesh["shard"].size())
     units = choose_units(model, options.wrap)
+    found = f"units: {units}"  # FSDP2 gives their classes other names
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else None
     placer = Placer(model, env, dtype=dtype, value_of=value_of)
     tied = _shared_names(model)
@@ -133,7 +134,10 @@ def shard_model(
         sharded.modules(), mesh["shard"].get_group(), env.device, reduce_dtype
     )
     return Sharded(
-        model, mesh, frozenset(kept), (*_describe(units, mesh, placer, ignored), *repairs)
+        model,
+        mesh,
+        frozenset(kept),
+        (*_describe([found, *units.warnings], mesh, placer, ignored), *repairs),
     )
 
 
@@ -301,9 +305,8 @@ def _check_tied(model: nn.Module, tied: Sequence[tuple[str, ...]]) -> None:
 
 
 def _describe(
-    units: Units, mesh: DeviceMesh, placer: Placer, ignored: Mapping[str, nn.Parameter]
+    notes: list[str], mesh: DeviceMesh, placer: Placer, ignored: Mapping[str, nn.Parameter]
 ) -> list[str]:
-    notes = [f"units: {units}", *units.warnings]
     if mesh.ndim > 1:
         notes.append(f"{mesh.size(0)} replicas of {mesh.size(1)} shards")
     if placer.restrided:

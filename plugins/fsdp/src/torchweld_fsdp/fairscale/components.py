@@ -31,7 +31,7 @@ _FROZEN_SOFTWARE = (
 )
 _CLOSURES = (
     "an optimizer that evaluates the loss itself (LBFGS) is refused at fit",
-    "OSS lets each process move its share alone, so the others would evaluate half-moved weights",
+    "each process moves its own share alone, so the others would evaluate half-moved weights",
 )
 
 

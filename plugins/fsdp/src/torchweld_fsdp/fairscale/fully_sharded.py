@@ -14,11 +14,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from torchweld.errors import RunError
 from torchweld.interfaces import Prepared
-from torchweld.model.names import persistent_buffers
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizing import OptimizerStep
 from torchweld.strategies.replicated import (
@@ -106,10 +106,9 @@ def prepare_sharded(model: nn.Module, request: SetupRequest) -> Prepared:
     for parameter in model.parameters():
         # A part is cut out of what a contiguous tensor is in memory.
         parameter.data = parameter.data.contiguous()
-    buffers = dict(persistent_buffers(model))
     units = choose_units(model)
     root = shard_model(model, [unit for _, unit in units.units], request.env)
-    return _bind(root, request, buffers, f"sharded one by one: {units}")
+    return _bind(root, request, [f"sharded one by one: {units}", *units.warnings])
 
 
 def _check(model: nn.Module, request: SetupRequest) -> None:
@@ -119,8 +118,15 @@ def _check(model: nn.Module, request: SetupRequest) -> None:
             f"strategy 'fairscale_fsdp' cannot do precision={settings.precision!r}: its parameters "
             "stay fp32, and each process would scale its own gradients; choose 'bf16' or '32'"
         )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    other = [n for n, t in tensors if t.is_floating_point() and t.dtype != torch.float32]
+    if other:
+        raise RunError(
+            f"{other[0]!r} is not fp32, which FairScale's FSDP refuses in parameters and silently "
+            "casts in buffers: cast the model with model.float(), or choose strategy='fsdp'"
+        )
     single = [n for n, p in model.named_parameters() if p.shape == (1,)]
-    if single and settings.accumulate_grad_batches > 1:
+    if single and settings.accumulate_grad_batches > 1 and request.env.world_size > 1:
         raise RunError(
             f"the parameter {single[0]!r} has shape (1,), as its part has, and FairScale's FSDP "
             "takes one for the other when gradients accumulate: accumulate_grad_batches=1, or "
@@ -196,7 +202,7 @@ class ShardedGradients:
             parameter.grad = None
 
 
-def _bind(root: Any, request: SetupRequest, buffers: Mapping[str, Tensor], note: str) -> Prepared:
+def _bind(root: Any, request: SetupRequest, notes: Sequence[str]) -> Prepared:
     env, settings = request.env, request.settings
     optimizing = None
     if request.optimizer is not None:
@@ -205,7 +211,7 @@ def _bind(root: Any, request: SetupRequest, buffers: Mapping[str, Tensor], note:
     optimizer = optimizing.optimizer if optimizing else None
     # Every micro-batch is reduced: gradients stay parts, and what the last one leaves out is right.
     scale = WindowScale(None)
-    state = PieceState(root, optimizer, env, buffers.items)
+    state = PieceState(root, optimizer, env)
     forward = forward_under(root, settings.precision, env.device)
     return Prepared(
         forward=forward,
@@ -223,5 +229,5 @@ def _bind(root: Any, request: SetupRequest, buffers: Mapping[str, Tensor], note:
         shards=state.shards,
         restore=state.restore,
         bytes_per_rank=state.bytes_per_rank,
-        notes=[note],
+        notes=notes,
     )

@@ -51,8 +51,14 @@ class OssStrategy:
         prepared = self._ddp.setup(model, replace(request, optimizer=lambda _groups: oss))
         check_wrapped(prepared.optimizer, oss)
         trained = [p for p in model.parameters() if p.requires_grad]
-        state = ShardedState(model, oss, request.env, sent=lambda: trained)
-        return replace(prepared, notes=notes, **state.bound(shards_gradients=False))
+        state = ShardedState(model, oss, request.env, sent=lambda: trained, shards_gradients=False)
+        return replace(
+            prepared,
+            notes=notes,
+            shards=state.shards,
+            restore=state.restore,
+            bytes_per_rank=state.bytes_per_rank,
+        )
 
     def estimate(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchweld.interfaces import Env, Shard, ShardReader
-from torchweld.model.names import canonical
+from torchweld.model.names import canonical, persistent_buffers
 from torchweld.strategies.optimizer_state import (
     optimizer_shards,
     read_whole,
@@ -34,15 +34,12 @@ class PieceState:
     Args:
         root: the outermost wrapper, whose model this is.
         optimizer: over the parts; None for evaluation only.
-        buffers: names and persistent buffers of the model as it was before it was wrapped.
+        env: this rank among the others.
     """
 
-    def __init__(
-        self, root: Any, optimizer: Any | None, env: Env, buffers: Callable[[], Iterable[Any]]
-    ) -> None:
+    def __init__(self, root: Any, optimizer: Any | None, env: Env) -> None:
         self._root, self._optimizer, self._env = root, optimizer, env
         self._named = named_shards(root)
-        self._buffers = buffers
 
     def shards(self) -> Iterator[Shard]:
         """This rank's parts; what all ranks hold alike from rank 0."""
@@ -74,6 +71,9 @@ class PieceState:
             "gradients": sum(part.nbytes for part, trained in held if trained),
             "optimizer": state_bytes(self._optimizer) if self._optimizer is not None else 0,
         }
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        return ((canonical(n, WRAPPERS), b) for n, b in persistent_buffers(self._root))
 
     def _parts(self, name: str, part: Tensor, parameter: Any) -> Iterator[Shard]:
         if not parameter._is_sharded:

@@ -62,8 +62,16 @@ class SdpStrategy:
         )
         check_wrapped(prepared.optimizer, oss)
         # As of the last forward, which looks for what was frozen or unfrozen.
-        state = ShardedState(model, oss, request.env, sent=lambda: wrapped._trainable_params)
-        return replace(prepared, notes=notes, **state.bound(shards_gradients=True))
+        state = ShardedState(
+            model, oss, request.env, sent=lambda: wrapped._trainable_params, shards_gradients=True
+        )
+        return replace(
+            prepared,
+            notes=notes,
+            shards=state.shards,
+            restore=state.restore,
+            bytes_per_rank=state.bytes_per_rank,
+        )
 
     def _wrap(self, model: nn.Module, oss: Any, env: Env) -> Any:
         return fairscale_module("fairscale.nn.data_parallel").ShardedDataParallel(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +31,24 @@ class ShardedState:
     pickled, and returns tensors that the next step changes.
 
     Args:
+        model: bare, on every rank.
+        oss: over its parameters.
+        env: this rank among the others.
         sent: the parameters that are views of OSS's buffers at this time.
+        shards_gradients: whether a rank frees the gradients that it does not step.
     """
 
     def __init__(
-        self, model: nn.Module, oss: Any, env: Env, *, sent: Callable[[], Iterable[nn.Parameter]]
+        self,
+        model: nn.Module,
+        oss: Any,
+        env: Env,
+        *,
+        sent: Callable[[], Iterable[nn.Parameter]],
+        shards_gradients: bool,
     ) -> None:
         self._model, self._oss, self._env = model, oss, env
-        self._sent = sent
+        self._sent, self._shards_gradients = sent, shards_gradients
 
     def owned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that this rank steps, under their names."""
@@ -66,10 +75,10 @@ class ShardedState:
         self._oss.state.clear()  # what a wrapper around OSS left for its next step
         restore_optimizer(self._oss.optim, self.owned(), reader)
 
-    def bytes_per_rank(self, *, shards_gradients: bool) -> Mapping[str, int]:
+    def bytes_per_rank(self) -> Mapping[str, int]:
         """Bytes held on this rank; gradients only of its own where they are sharded."""
         parameters = list(self._model.parameters())
-        with_gradient = [p for _, p in self.owned()] if shards_gradients else parameters
+        with_gradient = [p for _, p in self.owned()] if self._shards_gradients else parameters
         return {
             "parameters": sum(p.nbytes for p in parameters),
             "gradients": sum(p.nbytes for p in with_gradient if p.requires_grad),
@@ -87,14 +96,6 @@ class ShardedState:
                     "on to send the old one, so the processes drift apart: write into it with "
                     "parameter.copy_(…) instead of parameter.data = …"
                 )
-
-    def bound(self, *, shards_gradients: bool) -> dict[str, Any]:
-        """The fields of ``Prepared`` that this class answers."""
-        return {
-            "shards": self.shards,
-            "restore": self.restore,
-            "bytes_per_rank": partial(self.bytes_per_rank, shards_gradients=shards_gradients),
-        }
 
 
 def largest_share(shapes: Mapping[str, ParameterShape], world_size: int, settings: Settings) -> int:
