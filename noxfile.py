@@ -247,9 +247,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the overhead of one step beside other trainers."""
+    """Measure the overhead of one step beside other trainers, and that of sharding."""
     python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
+    session.run(python, "-m", "benchmarks.fsdp", *session.posargs, env=ENV)
 
 
 @nox.session
@@ -260,8 +261,10 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
-    run_pytest(session, with_plugins(session, PLUGINS), "-m", "gpu")
+    """Run the tests and the benchmark that need a CUDA device."""
+    python = with_plugins(session, PLUGINS)
+    run_pytest(session, python, "-m", "gpu")
+    session.run(python, "-m", "benchmarks.fsdp", env=ENV)
 
 
 if __name__ == "__main__":
