@@ -250,7 +250,7 @@ def bench(session: nox.Session) -> None:
     """Measure the overhead of one step beside other trainers, and that of sharding."""
     python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
-    session.run(python, "-m", "benchmarks.fsdp", *session.posargs, env=ENV)
+    session.run(python, "-m", "benchmarks.fsdp", env=ENV)
 
 
 @nox.session
