@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +67,13 @@ TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
 NEWEST_TORCH = "torch==2.13.0"
 # Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
 TORCH_WITH_COMPOSER = ["torch==2.7.0", "torchvision==0.22.0"]
-LIBRARIES = {"composer": ["mosaicml==0.32.1"], "fsdp": ["fairscale==0.4.13"]}
+LIBRARIES = {
+    "composer": ["mosaicml==0.32.1"],
+    "ffcv": ["ffcv==1.0.2", "numba", "setuptools"],
+    "fsdp": ["fairscale==0.4.13"],
+}
+# ffcv has no wheels: pip compiles it against these, with a compiler and Python's headers.
+SYSTEM_PACKAGES = ["pkg-config", "libopencv-dev", "libturbojpeg0-dev", "g++"]
 # Other trainers: the benchmark measures them, and the documentation starts from their scripts.
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 WITH_PLUGINS = [*PYTEST, *PEERS, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
@@ -107,14 +114,46 @@ def prepare(
     return str(directory / "bin" / "python")
 
 
+def has_system_packages() -> bool:
+    """Whether what ffcv is compiled with is there."""
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not (shutil.which("pkg-config") and shutil.which("g++") and headers.exists()):
+        return False
+    found = ["pkg-config", "--exists", "opencv4", "libturbojpeg"]
+    return subprocess.run(found, check=False).returncode == 0
+
+
+def install_system_packages(session: nox.Session) -> None:
+    """Install what ffcv is compiled with: as root with apt-get, otherwise say how and stop."""
+    if has_system_packages():
+        return
+    headers = f"python{sys.version_info.major}-dev"
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *SYSTEM_PACKAGES, headers]
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        session.error(
+            "ffcv is compiled here and needs a compiler, OpenCV and libjpeg-turbo; install them and "
+            f"run the command again: {' '.join(install)} (conda: conda install -c conda-forge "
+            "pkg-config opencv libjpeg-turbo compilers; macOS: brew install pkg-config opencv "
+            "jpeg-turbo)"
+        )
+    session.log(f"ffcv is compiled here: installing {', '.join([*SYSTEM_PACKAGES, headers])}")
+    environment = {"DEBIAN_FRONTEND": "noninteractive"}
+    session.run("apt-get", "update", "-qq", env=environment, external=True)
+    session.run(*install, env=environment, external=True)
+
+
 def pins(plugins: Sequence[str]) -> list[str]:
     """The libraries of ``plugins``, and the newest torch that goes with all of them."""
-    torch = TORCH_WITH_COMPOSER if "composer" in plugins else [NEWEST_TORCH]
+    # ffcv's datasets are torchvision's, which needs the torch that it was made for.
+    both = {"composer", "ffcv"} & set(plugins)
+    torch = TORCH_WITH_COMPOSER if both else [NEWEST_TORCH]
     return [*torch, *(library for name in plugins for library in LIBRARIES[name])]
 
 
 def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     """Return the Python of an environment with core and ``plugins``, all in editable mode."""
+    if "ffcv" in plugins:
+        install_system_packages(session)
     folders = ["core", *(f"plugins/{name}" for name in plugins)]
     editable = [f"--editable={folder}" for folder in folders]
     requirements = [*pins(plugins), *WITH_PLUGINS, *editable]
@@ -233,6 +272,7 @@ def install_alone(
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all that has to pass: the command that the README names."""
+    install_system_packages(session)  # what cannot be installed is said before anything else
     plugins = [f"plugin({name})" for name in PLUGINS]
     for name in ["lint", "style", "types", "pythons", "core", *plugins, "together", "build"]:
         session.notify(name)
