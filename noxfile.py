@@ -114,10 +114,14 @@ def prepare(
     return str(directory / "bin" / "python")
 
 
+def has_headers() -> bool:
+    """Whether C code can be compiled for this Python; Debian's own needs a package for it."""
+    return (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
 def has_system_packages() -> bool:
     """Whether what ffcv is compiled with is there."""
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not (shutil.which("pkg-config") and shutil.which("g++") and headers.exists()):
+    if not (shutil.which("pkg-config") and shutil.which("g++") and has_headers()):
         return False
     found = ["pkg-config", "--exists", "opencv4", "libturbojpeg"]
     return subprocess.run(found, check=False).returncode == 0
@@ -127,16 +131,18 @@ def install_system_packages(session: nox.Session) -> None:
     """Install what ffcv is compiled with: as root with apt-get, otherwise say how and stop."""
     if has_system_packages():
         return
-    headers = f"python{sys.version_info.major}-dev"
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *SYSTEM_PACKAGES, headers]
+    # A Python that apt did not install has its headers, and perhaps a version that apt has not.
+    headers = "python{}.{}-dev".format(*sys.version_info)
+    packages = [*SYSTEM_PACKAGES, *([] if has_headers() else [headers])]
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         session.error(
-            "ffcv is compiled here and needs a compiler, OpenCV and libjpeg-turbo; install them and "
-            f"run the command again: {' '.join(install)} (conda: conda install -c conda-forge "
-            "pkg-config opencv libjpeg-turbo compilers; macOS: brew install pkg-config opencv "
-            "jpeg-turbo)"
+            "ffcv is compiled here and needs a compiler, OpenCV and libjpeg-turbo; install them "
+            f"as root and run the command again: {' '.join(install)} (conda: conda install -c "
+            "conda-forge pkg-config opencv libjpeg-turbo compilers; macOS: brew install "
+            "pkg-config opencv jpeg-turbo)"
         )
-    session.log(f"ffcv is compiled here: installing {', '.join([*SYSTEM_PACKAGES, headers])}")
+    session.log(f"ffcv is compiled here: installing {', '.join(packages)}")
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     session.run("apt-get", "update", "-qq", env=environment, external=True)
     session.run(*install, env=environment, external=True)

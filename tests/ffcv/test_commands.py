@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.ffcv.writing import pairs, photo_folder, stored
+from tests.ffcv.writing import frames, pairs, photo_folder, stored
 from torchweld.cli import main
 from torchweld_ffcv import convert
 from torchweld_ffcv.beton import read_beton
@@ -37,8 +37,7 @@ def test_convert_changes_pictures_when_asked(tmp_path: Path) -> None:
 
     run("convert", folder, target, "--store", "raw", "--max-side", 40)
 
-    rows = read_beton(target).metadata["f0"]
-    assert rows[["mode", "width", "height"]].tolist() == [(1, 40, 30)] * 3
+    assert frames(read_beton(target)) == [(1, 40, 30)] * 3
 
 
 def test_convert_takes_a_dataset_of_the_users_own_module(tmp_path: Path) -> None:
@@ -139,29 +138,6 @@ def test_inspect_of_no_beton_file_is_one_sentence(tmp_path: Path, full: tuple[st
     assert result.exit_code == 1
     assert "is no .beton file: it begins with b'these ar'" in result.output
     assert "Traceback" not in result.output
-
-
-def test_doctor_shows_what_is_there() -> None:
-    result = run("doctor")
-
-    assert result.exit_code == 0
-    assert "python module ffcv: found" in result.output
-    assert result.output.endswith("all is well\n")
-
-
-def test_doctor_names_what_is_missing_on_every_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "ffcv", None)  # as Python marks what cannot be imported
-
-    result = run("doctor")
-
-    assert result.exit_code == 1
-    assert "python module ffcv: cannot be imported" in result.output
-    assert "system package libjpeg-turbo: missing" in result.output
-    for manager in ("apt: apt-get install", "conda: conda install", "brew: brew install"):
-        assert manager in result.output
 
 
 def test_commands_are_listed_without_heavy_imports() -> None:

@@ -24,6 +24,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 class TestFfcvSource(DataSourceConformance):
     component = FFCV
+    draws_from = ("torch",)  # one number an epoch, as every loop over a DataLoader does
     options: ClassVar = {"batch_size": 4, "num_workers": 2}
 
 
@@ -31,6 +32,7 @@ class TestFfcvSourceOfImages(DataSourceConformance):
     """With compiled code, chance, and three threads more."""
 
     component = FFCV
+    draws_from = ("torch",)  # one number an epoch, as every loop over a DataLoader does
     options: ClassVar = {
         "batch_size": 4,
         "num_workers": 2,

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from tests.ffcv.writing import (
+    frames,
     leftovers,
     pairs,
     photo_folder,
@@ -124,9 +125,7 @@ def test_jpeg_files_keep_their_bytes(tmp_path: Path) -> None:
         file.read_bytes() for file in files
     ]
     assert beton.metadata["f1"].tolist() == [0] * 11 + [1] * 10
-    assert {tuple(row) for row in beton.metadata["f0"][["mode", "width", "height"]].tolist()} == {
-        (0, 80, 60)
-    }
+    assert set(frames(beton)) == {(0, 80, 60)}
 
 
 def test_kept_jpeg_files_are_pictures_to_stock_ffcv(tmp_path: Path) -> None:
@@ -431,7 +430,7 @@ def test_no_file_is_left_open(tmp_path: Path) -> None:
     with pytest.raises(ConversionError):
         convert(Faulty(raise_os_error), tmp_path / "out.beton", workers=2)
 
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files  # other tests close theirs late
 
 
 def test_workers_stay_within_the_cores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

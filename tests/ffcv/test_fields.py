@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.ffcv.writing import leftovers, pairs, picture, read_stock, stored
+from tests.ffcv.writing import frames, leftovers, pairs, picture, read_stock, stored
 from torchweld.errors import InvalidArgument
 from torchweld_ffcv import convert
 from torchweld_ffcv.beton import read_beton
@@ -297,7 +297,7 @@ def test_pictures_can_be_encoded_and_shrunk_as_ffcv_does(tmp_path: Path) -> None
 
     beton = read_beton(tmp_path / "out.beton")
     assert stored(beton, "image", 0) == module.encode_jpeg(module.resizer(large, 20), 80).tobytes()
-    assert beton.metadata["f0"][["mode", "width", "height"]].tolist() == [(0, 20, 15)]
+    assert frames(beton) == [(0, 20, 15)]
 
 
 def test_numbers_of_both_kinds_become_floats(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_field_objects_of_ffcv_are_taken(tmp_path: Path) -> None:
     beton = read_beton(tmp_path / "out.beton")
     kinds = [field.kind for field in beton.fields]
     assert kinds == ["image", "int", "float", "array", "array", "json", "bytes"]
-    assert beton.metadata["f0"][["mode", "width", "height"]].tolist() == [(0, 5, 3)]
+    assert frames(beton) == [(0, 5, 3)]
     assert len(read_stock(tmp_path / "out.beton")) == 1
 
 

@@ -90,3 +90,44 @@ def test_library_that_is_gone_is_named(tmp_path: Path) -> None:
 
     assert "a library that it was compiled against is missing or another one now" in done.stdout
     assert "--force-reinstall" in done.stdout
+
+
+DOCTOR = """
+import sys
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+missing = sys.argv[1:]
+PathFinder.find_spec = lambda name, *more: None if name in missing else found(name, *more)
+from click.testing import CliRunner
+from torchweld.cli import main
+result = CliRunner().invoke(main, ["doctor"])
+print(result.output, [name for name in ("ffcv", "cv2", "torch") if name in sys.modules])
+"""
+
+
+def doctor(*missing: str, path: Path | None = None) -> str:
+    """What ``torchweld doctor`` says where these modules are missing."""
+    words = [sys.executable, "-c", DOCTOR, *missing]
+    environ = {**os.environ, **({"PATH": str(path)} if path else {}), "TORCHWELD_DISABLE": ""}
+    return subprocess.run(words, env=environ, check=True, capture_output=True, text=True).stdout
+
+
+def test_doctor_has_nothing_to_say_where_all_is_there() -> None:
+    said = doctor()
+
+    assert "pip install 'torchweld-ffcv" not in said
+    assert said.endswith("[]\n")  # and has imported neither ffcv nor torch for it
+
+
+def test_doctor_names_what_is_missing_and_the_packages_of_every_system(tmp_path: Path) -> None:
+    program(tmp_path / "bin", "pkg-config", 1)
+
+    said = doctor("ffcv", path=tmp_path / "bin")
+
+    assert "'ffcv', which is missing, and to compile it OpenCV and libjpeg-turbo" in said
+    for manager, command in PACKAGES.items():
+        assert f"{manager}: {command}" in said
+
+
+def test_doctor_names_a_module_that_ffcv_needs() -> None:
+    assert "needs the module 'numba', which is missing: pip install" in doctor("numba")

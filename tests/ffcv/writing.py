@@ -57,6 +57,13 @@ def read_stock(path: Path, *, os_cache: bool = True, fields: Sequence[str] = ())
         torch.set_num_threads(threads)
 
 
+def frames(beton: Beton) -> list[tuple[int, int, int]]:
+    """Mode (0 JPEG, 1 pixels), width and height of every picture in the first field."""
+    rows: Any = beton.metadata["f0"]
+    found: list[tuple[int, int, int]] = rows[["mode", "width", "height"]].tolist()
+    return found
+
+
 def stored(beton: Beton, name: str, index: int) -> bytes:
     """The bytes of one value, found as FFCV finds them: by its pointer in the table."""
     position = [field.name for field in beton.fields].index(name)

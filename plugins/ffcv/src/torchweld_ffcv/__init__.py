@@ -11,6 +11,7 @@ from typing import Any
 from torchweld import Component, hookimpl
 from torchweld_ffcv.api import convert
 from torchweld_ffcv.claims import ffcv_claims
+from torchweld_ffcv.drop_in import Loader
 from torchweld_ffcv.options import FfcvOptions
 from torchweld_ffcv.spec import (
     IMAGENET,
@@ -30,6 +31,7 @@ __all__ = [
     "UNIT",
     "FfcvOptions",
     "ImageSpec",
+    "Loader",
     "Normalize",
     "convert",
     "float32",
@@ -58,8 +60,16 @@ def torchweld_data_sources() -> list[Component]:
 
 @hookimpl
 def torchweld_commands() -> list[Any]:
-    """``torchweld ffcv convert``, ``inspect`` and ``doctor``."""
+    """``torchweld ffcv convert`` and ``inspect``."""
     # Only the command line asks for them, and click takes 50 ms to import.
-    from torchweld_ffcv.commands import convert_command, doctor_command, inspect_command
+    from torchweld_ffcv.commands import convert_command, inspect_command
 
-    return [convert_command, inspect_command, doctor_command]
+    return [convert_command, inspect_command]
+
+
+@hookimpl
+def torchweld_doctor() -> list[str]:
+    """Where ffcv, or what it is compiled against, is missing."""
+    from torchweld_ffcv.imports import doctor_lines
+
+    return doctor_lines()

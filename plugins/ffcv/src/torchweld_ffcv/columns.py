@@ -14,13 +14,14 @@ from torchweld_ffcv import windows
 from torchweld_ffcv.beton import Beton, Field
 from torchweld_ffcv.contract import FieldContract
 from torchweld_ffcv.cropping import part_decoder
-from torchweld_ffcv.errors import BetonError
+from torchweld_ffcv.errors import BetonError, ValueRefused
 from torchweld_ffcv.imports import libffcv_address
 from torchweld_ffcv.layout import JPEG_MODE
 from torchweld_ffcv.memory import Recycler
 from torchweld_ffcv.pixels import Images, Run, Target, read_images
 from torchweld_ffcv.resampling import AREA, BILINEAR
 from torchweld_ffcv.spec import FieldSpec, ImageSpec, Normalize, NumberSpec, Skip, Spec
+from torchweld_ffcv.values import ImageFile
 
 Array = np.ndarray[Any, Any]
 
@@ -87,7 +88,8 @@ class FileData:
                 f"{self.path} is damaged: samples lie where its table has nothing; delete it and "
                 f"convert again: torchweld ffcv convert SOURCE {self.path}"
             )
-        return self._sizes[places]
+        sizes: Array = self._sizes[places]
+        return sizes
 
 
 # ---- one field each ------------------------------------------------------------------------------
@@ -202,13 +204,25 @@ class ImageReader:
         images = images_of(self._column, rows.numbers, self._data)
         run = Run(rows.seed, rows.epoch, self._whole, self._part)
         target = Target(self._table, self._strides())
-        failed = read_images(self._data.bytes, images, self._recipe, run, target, room[part])
-        if failed >= 0:
+        given = self._data.bytes, images, self._recipe, run, target
+        warned = read_images(*given, (-1, room[part]))
+        while warned >= 0:
+            self._check_decodable(images, warned)
+            warned = read_images(*given, (warned, room[part]))
+
+    def _check_decodable(self, images: Images, position: int) -> None:
+        """Take the pixels that a decoder only warns of, as Pillow does; its word counts."""
+        start, size = int(images.starts[position]), int(images.sizes[position])
+        data = self._data.bytes[start : start + size].tobytes()
+        number = images.numbers[position]
+        try:
+            ImageFile(f"sample {number}", data).open()
+        except ValueRefused as error:
             raise RunError(
-                f"sample {rows.numbers[failed]} of {self._data.path}: the JPEG in field "
-                f"{self._name!r} cannot be decoded; see whether the file has changed since it was "
-                f"written: torchweld ffcv inspect --full {self._data.path}"
-            )
+                f"sample {number} of {self._data.path}: the JPEG in field {self._name!r} cannot be "
+                "decoded; see whether the file has changed since it was written: torchweld ffcv "
+                f"inspect --full {self._data.path}"
+            ) from error
 
     def finish(self, room: Array) -> torch.Tensor:
         """A tensor of shape (batch, 3, height, width)."""

@@ -99,20 +99,6 @@ def inspect_command(ctx: click.Context, file: Path, full: bool, as_json: bool) -
     click.echo(json.dumps(report, indent=2) if as_json else _text(report))
 
 
-@click.command(name="doctor")
-@click.pass_context
-def doctor_command(ctx: click.Context) -> None:
-    """Show whether ffcv and the system packages it is compiled against are there.
-
-    Exits with 1 when ffcv cannot be imported.
-    """
-    from torchweld_ffcv.install import doctor_lines
-
-    lines = doctor_lines()
-    click.echo("\n".join(lines))
-    ctx.exit(0 if lines[-1] == "all is well" else 1)
-
-
 def _convert(source: str, target: Path, pictures: dict[str, Any], **wishes: Any) -> Converted:
     from torchweld_ffcv.conversion import Wishes, convert_source
     from torchweld_ffcv.sources import as_source, load_object

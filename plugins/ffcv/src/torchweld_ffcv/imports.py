@@ -7,11 +7,18 @@ Reading needs none of it: one function of the compiled library is enough.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from functools import cache
 from importlib.machinery import PathFinder
 
 from torchweld.errors import PluginError
-from torchweld_ffcv.install import INSTALL, missing_module, package_line
+from torchweld_ffcv.install import (
+    INSTALL,
+    PACKAGES,
+    missing_libraries,
+    missing_module,
+    package_line,
+)
 
 
 @cache
@@ -24,6 +31,19 @@ def libffcv_address(function: str) -> int:
     pointer = ctypes.cast(getattr(_libffcv(), function), ctypes.c_void_p)
     assert pointer.value is not None  # a function that was found has an address
     return pointer.value
+
+
+def doctor_lines() -> list[str]:
+    """What this machine lacks for reading and converting, and what brings it; empty for nothing."""
+    try:
+        libffcv_address("imdecode")
+    except PluginError as error:
+        lines = [str(error)]
+    else:
+        # Converting and pipelines= import ffcv itself, and with it numba.
+        lines = [] if importlib.util.find_spec("numba") else [missing_module("numba")]
+    systems = [f"{system}: {command}" for system, command in PACKAGES.items()]
+    return [*lines, *systems] if lines and missing_libraries() else lines
 
 
 @cache

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from torchweld.errors import PluginError
-from torchweld.guard import attempt
 
 INSTALL = "pip install 'torchweld-ffcv[ffcv]'"
 LIBRARIES = {"opencv4": "OpenCV", "libturbojpeg": "libjpeg-turbo"}
@@ -80,19 +79,6 @@ def package_line() -> str:
     managers = {"apt": "apt-get", "conda": "conda", "brew": "brew"}
     here = [name for name, program in managers.items() if shutil.which(program)]
     return " or ".join(PACKAGES[name] for name in (here or PACKAGES))
-
-
-def doctor_lines() -> list[str]:
-    """What ffcv needs and whether it is there; the last line is what to do, or that all is well."""
-    found = attempt(ffcv_module)
-    lines = [f"python module ffcv: {'found' if found.error is None else 'cannot be imported'}"]
-    missing = missing_libraries()
-    lines += [
-        f"system package {name}: {'missing' if name in missing else 'found'}"
-        for name in ("pkg-config", *LIBRARIES.values())
-    ]
-    lines += [f"{manager}: {command}" for manager, command in PACKAGES.items()] if missing else []
-    return [*lines, "all is well" if found.error is None else str(found.error)]
 
 
 def _pkg_config_finds(library: str) -> bool:

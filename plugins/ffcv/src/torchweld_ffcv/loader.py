@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from torchweld.data.order import ShardedBatches
 from torchweld.errors import CheckpointError
@@ -89,6 +90,9 @@ class FfcvLoader:
             raise CheckpointError(self._misfit)
         self._batches.set_epoch(self._epoch, self._start)
         self._position = self._start
+        # A DataLoader draws one number when an epoch begins. With the same random state afterwards,
+        # dropout and CutMix do the same in a run that reads with one and in a run that reads here.
+        torch.empty((), dtype=torch.int64).random_()
         return self._read_ahead(iter(self._batches), self._epoch)
 
     def samples(self, batch: Any) -> int:

@@ -23,6 +23,7 @@ class FfcvOptions:
     fields: Mapping[str, Any] | None = None  # how a Dataset is stored; None: found out
     batches_ahead: int = 2  # batches read while one is in use, >= 1
     on_unsupported: Literal["error", "dataloader"] = "error"  # what cannot be compiled or converted
+    skip_bad: bool = False  # leave out samples that cannot be converted, and say how many
     cache_dir: str | None = None  # where converted Datasets are kept; None: the user's cache
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ For files that are larger than the memory: every page is read once, near the oth
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from torchweld_ffcv import layout
@@ -40,5 +42,6 @@ def _page_of_samples(beton: Beton) -> np.ndarray[tuple[int, ...], np.dtype[np.in
             rows = beton.metadata[column]
             starts = rows[pointer] if pointer else rows
             pages = np.unique(starts // beton.page_bytes, return_inverse=True)[1]
-            return pages.astype(np.int64).reshape(-1)
+            numbers: np.ndarray[Any, np.dtype[np.int64]] = pages.astype(np.int64).reshape(-1)
+            return numbers
     return np.zeros(beton.num_samples, np.int64)

@@ -88,7 +88,8 @@ class PipelineReader:
     def _run(self, rows: Rows) -> list[Any]:
         slot = self._slots.get()
         try:
-            _seed_numba(sample_key(rows.seed, rows.epoch, int(rows.numbers[0])) & 0xFFFFFFFF)
+            key = int(sample_key(rows.seed, rows.epoch, int(rows.numbers[0])))
+            _seed_numba(key & 0xFFFFFFFF)  # type: ignore[type-var]  # numba types a decorator only
             return [value for graph in self._graphs for value in self._values(graph, rows, slot)]
         finally:
             self._slots.put(slot)

@@ -87,9 +87,9 @@ class Target(NamedTuple):
 
 @compiled
 def read_images(
-    data: Any, images: Images, recipe: Recipe, run: Run, target: Target, out: Any
+    data: Any, images: Images, recipe: Recipe, run: Run, target: Target, to: tuple[int, Any]
 ) -> int:
-    """Write images into ``out``, ``(images, height * width * 3)``, with the dtype of the table.
+    """Write images into a batch.
 
     Args:
         data: the bytes of the file.
@@ -97,20 +97,24 @@ def read_images(
         recipe: what is done with each.
         run: what the random numbers depend on, and who decodes.
         target: how they are written.
-        out: the batch, or some rows of it.
+        to: where to begin, and the batch or some rows of it, ``(images, height * width * 3)``, with
+            the dtype of the table. -1: with the first image; otherwise with the one at this
+            position, of which the decoder is known to complain.
 
     Returns:
-        -1, or the position of the first image that could not be decoded.
+        -1, or the position of the first other image of which the decoder complains.
     """
+    warned, out = to
     scratch = np.empty(images.largest, np.uint8)
     sums = np.empty(3 * images.widest, np.float32)
-    for i in range(len(images.starts)):
+    for i in range(max(warned, 0), len(images.starts)):
         height, width = images.heights[i], images.widths[i]
         pixels = data[images.starts[i] : images.starts[i] + images.sizes[i]]
         key = sample_key(run.seed, run.epoch, images.numbers[i])
         window = find_window(recipe, height, width, key)
         if images.jpeg[i]:
-            if _decode(run, pixels, scratch, (height, width), window, recipe) != 0:
+            failed = _decode(run, pixels, scratch, (height, width), window, recipe) != 0
+            if failed and i != warned:
                 return i
             pixels = scratch
         if window.rows[1] == 1.0 and window.columns[1] == 1.0:

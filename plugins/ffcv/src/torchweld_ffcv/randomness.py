@@ -24,7 +24,8 @@ def scrambled(value: np.uint64) -> np.uint64:
     """Hash 64 bits; every bit of the result depends on every bit of ``value``."""
     value = (value ^ (value >> _S30)) * _FIRST
     value = (value ^ (value >> _S27)) * _SECOND
-    return value ^ (value >> _S31)  # type: ignore[no-any-return]  # numpy adds types by itself
+    hashed: np.uint64 = value ^ (value >> _S31)
+    return hashed
 
 
 @compiled

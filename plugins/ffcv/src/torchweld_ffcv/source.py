@@ -61,6 +61,7 @@ class FfcvSource:
         fields: Mapping[str, Any] | None,
         batches_ahead: int,
         on_unsupported: Literal["error", "dataloader"],
+        skip_bad: bool,
         cache_dir: str | None,
     ) -> None:
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -68,7 +69,7 @@ class FfcvSource:
         self.spec, self.pipelines, self.fields = spec, pipelines, fields
         self.batches_ahead = batches_ahead
         self.on_unsupported = on_unsupported
-        self.cache_dir = cache_dir
+        self.skip_bad, self.cache_dir = skip_bad, cache_dir
 
     def build(self, request: LoaderRequest) -> Loader:
         """Return the loader of one split.
@@ -100,7 +101,14 @@ class FfcvSource:
         reader = self._reader(chosen, request, threads)
         if self.pipelines is not None:  # one thread makes one batch
             threads = replace(threads, batches_ahead=max(threads.batches_ahead, threads.count))
-        notes = [chosen.given.note, *chosen.notes, note, f"batches are a {reader.contract}"]
+        skipped = _skipped_note(chosen.beton)
+        notes = [
+            chosen.given.note,
+            *chosen.notes,
+            skipped,
+            note,
+            f"batches are a {reader.contract}",
+        ]
         return FfcvLoader(
             reader,
             batches,
@@ -136,6 +144,7 @@ class FfcvSource:
             rank=env.rank,
             world_size=env.world_size,
             cache_dir=self.cache_dir,
+            skip_bad=self.skip_bad,
         )
 
     def _fallback(self, request: LoaderRequest, reason: str) -> Loader:
@@ -228,6 +237,13 @@ class FfcvSource:
         if count < self.num_workers:
             note = f"{self.num_workers} workers asked, this process may use {cores} cores: {count}"
         return Threads(count, self.batches_ahead), note
+
+
+def _skipped_note(beton: Beton) -> str:
+    count = beton.manifest.data.get("num_skipped", 0) if beton.manifest is not None else 0
+    if not count:
+        return ""
+    return f"left out {count:,} bad samples (torchweld ffcv inspect {beton.path} lists them)"
 
 
 def _image_field(beton: Beton) -> str:
