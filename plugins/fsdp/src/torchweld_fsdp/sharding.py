@@ -131,7 +131,8 @@ def shard_model(
     mesh = make_mesh(env, options.replicate)
     check_reshard(options.reshard_after_forward, mesh["shard"].size())
     units = choose_units(model, options.wrap)
-    chosen = [f"units: {units}", *units.warnings]  # FSDP2 gives the classes other names
+    # Written down before FSDP2 gives the classes other names; no units are among the warnings.
+    chosen = [*([f"units: {units}"] if units.units else []), *units.warnings]
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else None
     placer = Placer(model, env, dtype=dtype, value_of=value_of)
     _shard_bottom_up(model, units, placer, mesh, options, ignored)
