@@ -116,6 +116,7 @@ def test_plan_as_json_has_the_bytes() -> None:
         "num_bytes": sizes,
         "sum_bytes": 16 * FLOATS,
         "note": "",
+        "units": "",
     }
 
 
