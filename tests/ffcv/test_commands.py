@@ -61,7 +61,7 @@ def test_convert_takes_a_dataset_of_the_users_own_module(tmp_path: Path) -> None
         ("nowhere", "the dataset 'nowhere' does not exist; give a folder"),
         ("no_such_module:data", "the module cannot be imported: ModuleNotFoundError"),
         ("tests.ffcv.writing:nothing", "tests.ffcv.writing has no 'nothing'"),
-        ("tests.ffcv.writing:ROOT", "has no images in class folders"),
+        ("tests.ffcv.writing:HERE", "has no images in class folders"),
         ("tests.ffcv.writing:read_stock", "calling it failed: TypeError"),
     ],
 )

@@ -17,6 +17,8 @@ from torchweld_ffcv.beton import Beton, read_beton
 from torchweld_ffcv.install import ffcv_module
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+"""A folder without images."""
 
 
 def picture(seed: int, height: int = 12, width: int = 16) -> np.ndarray[Any, Any]:
