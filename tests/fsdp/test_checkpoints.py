@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tests.fsdp.strategies import ADAMW, bench_of, case_of, different, largest_difference, steps_of
-from torchweld.checkpoint import Checkpoint, write
 from torchweld.components import Component
+from torchweld.testing import strategy_jobs as jobs
 from torchweld.testing.states import assemble
-from torchweld.testing.strategy_session import Case, Step, prepared
+from torchweld.testing.strategy_session import Case, Step
 
 FROM = [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("fairscale_oss", 2), ("fairscale_sdp", 2)]
 TO = [
@@ -33,34 +33,12 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("a checkpoint was unpickled")
 
 
-def save(case: Case, steps: list[Step], after: Step, path: str) -> Any:
-    with prepared(case) as session:
-        for step in steps:
-            session.take(step)
-        ranks = session.ranks
-        write(
-            Path(path),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            exchange=ranks.exchange,
-            shards=session.prepared.shards(),
-            header={},
-        )
-        saved = session.state()
-        session.take(after)
-        return saved, session.state()
-
-
-def load(case: Case, dirty: Step, after: Step, path: str) -> Any:
+def load(case: Case, dirty: Step, path: str, after: Step) -> Any:
     """Restore over a trained run, whose state must leave no trace; then go on."""
-    with prepared(case) as session, pytest.MonkeyPatch.context() as patch:
-        session.take(dirty)
+    with pytest.MonkeyPatch.context() as patch:
         for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
             patch.setattr(module, name, refuse)
-        session.prepared.restore(Checkpoint.open(path))
-        loaded = session.state()
-        session.take(after)
-        return loaded, session.state()
+        return jobs.resume(case, dirty, path, after)
 
 
 def states(by_rank: Any) -> list[dict[str, Tensor]]:
@@ -73,7 +51,7 @@ def saved_by(
     bench = bench_of(strategy, world_size, **options)
     *steps, after = steps_of(model, 4, lr=1e-2)
     case = case_of(bench, model, optimizer=ADAMW)
-    return states(bench.run(save, case, steps, after, str(path)))
+    return states(bench.run(jobs.save, case, steps, str(path), after))
 
 
 def loaded_by(
@@ -82,7 +60,7 @@ def loaded_by(
     bench = bench_of(strategy, world_size, **options)
     dirty, after = steps_of(model, 5, lr=1e-2)[-1], steps_of(model, 4, lr=1e-2)[-1]
     case = case_of(bench, model, optimizer=ADAMW, seed=9)
-    return states(bench.run(load, case, dirty, after, str(path)))
+    return states(bench.run(load, case, dirty, str(path), after))
 
 
 @pytest.fixture(scope="module")

@@ -189,10 +189,11 @@ class Compiled(nn.Module):
         return logits
 
 
-def test_a_block_that_the_user_compiled_keeps_its_names() -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "fairscale_oss", "fairscale_sdp"])
+def test_a_block_that_the_user_compiled_keeps_its_names(strategy: str) -> None:
     expected, _ = run_ranks(trained, 2, "ddp", Compiled, timeout_seconds=180)
 
-    found, _ = run_ranks(trained, 2, "fsdp", Compiled, timeout_seconds=180)
+    found, _ = run_ranks(trained, 2, strategy, Compiled, timeout_seconds=180)
 
     assert "block.weight" in found
     assert_equal(found, expected)

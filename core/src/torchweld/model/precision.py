@@ -31,6 +31,11 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
+def cast_dtype(precision: Precision) -> torch.dtype | None:
+    """The dtype to which ``precision`` casts floating parameters and buffers; None: as they are."""
+    return torch.bfloat16 if precision == "bf16-true" else None
+
+
 def forward_under(
     module: nn.Module, precision: Precision, device: torch.device
 ) -> Callable[..., Any]:
@@ -41,7 +46,7 @@ def forward_under(
     """
     if precision == "32":
         return module
-    if precision == "bf16-true":
+    if cast_dtype(precision) is not None:
         return _cast_forward(module)
     return _autocast_forward(module, device.type, _AUTOCAST[precision])
 

@@ -29,6 +29,8 @@ def optimizer_shards(
     optimizer: Optimizer,
     named_parameters: Iterable[tuple[str, Any]],
     to_shards: ToShards | None = None,
+    *,
+    writes_values: bool = True,
 ) -> Iterator[Shard]:
     """Yield the state of every parameter as ``optim/<name>/<key>``.
 
@@ -36,6 +38,7 @@ def optimizer_shards(
         optimizer: whose state.
         named_parameters: names, and what the optimizer holds under each.
         to_shards: where a rank holds pieces; None: this rank writes every tensor whole.
+        writes_values: whether this rank is the one that writes values that are no tensors.
 
     A value that is no tensor (LBFGS keeps lists and counts) becomes ``<key>!json``, its text as
     bytes, and ``<key>!<number>``, the tensors in it.
@@ -44,7 +47,7 @@ def optimizer_shards(
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield from (to_shards or whole)(f"optim/{name}/{key}", value, parameter)
-            else:
+            elif writes_values:
                 yield from _value_shards(f"optim/{name}/{key}", value)
 
 

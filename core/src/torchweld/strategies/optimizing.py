@@ -15,7 +15,7 @@ from torchweld.model.names import named_parameters
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from torchweld.interfaces import SetupRequest
+    from torchweld.interfaces import ParamGroup, SetupRequest
 
 
 class Gradients(Protocol):
@@ -157,11 +157,15 @@ class OptimizerStep:
         return bool(self.scaler.get_scale() >= scale)
 
 
+def plain_groups(request: SetupRequest) -> list[ParamGroup]:
+    """The groups of ``request`` as torch takes them, without the names."""
+    return [{k: v for k, v in group.items() if k != "names"} for group in request.groups]
+
+
 def make_optimizer(request: SetupRequest) -> Optimizer:
     """Make the optimizer of the request's groups, and put its wrappers around it."""
     assert request.optimizer is not None
-    groups = [{k: v for k, v in group.items() if k != "names"} for group in request.groups]
-    optimizer = request.optimizer(groups)
+    optimizer = request.optimizer(plain_groups(request))
     for wrap in request.optimizer_wrappers:
         optimizer = wrap(optimizer)
     return optimizer

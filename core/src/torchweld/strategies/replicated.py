@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torchweld.interfaces import Prepared, Shard, ShardReader
 from torchweld.model.names import named_parameters, persistent_buffers
 from torchweld.model.parameters import check_materialised
-from torchweld.model.precision import forward_under
+from torchweld.model.precision import cast_dtype, forward_under
 from torchweld.strategies.optimizer_state import (
     optimizer_shards,
     restore_optimizer,
     state_bytes,
+    whole,
 )
 from torchweld.strategies.optimizing import Gradients, OptimizerStep
 
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 def place(model: nn.Module, request: SetupRequest) -> nn.Module:
     """Move ``model`` to its device, in the dtype that the precision asks for."""
     check_materialised(model)
-    dtype = torch.bfloat16 if request.settings.precision == "bf16-true" else None
-    return model.to(device=request.env.device, dtype=dtype)
+    return model.to(device=request.env.device, dtype=cast_dtype(request.settings.precision))
 
 
 def broadcast_weights(model: nn.Module, env: Env) -> None:
@@ -112,15 +112,27 @@ def estimate_replicated(
     shapes: Mapping[str, ParameterShape], optimizer_slots: int, settings: Settings
 ) -> dict[str, int]:
     """Bytes on each rank: all parameters; gradients and optimizer state of the trained ones."""
-    total = sum(_num_bytes(one, settings) for one in shapes.values())
-    trained = sum(_num_bytes(one, settings) for one in shapes.values() if one.trained)
-    return {"parameters": total, "gradients": trained, "optimizer": optimizer_slots * trained}
+    sizes = {name: bytes_of(one, settings) for name, one in shapes.items()}
+    return estimate_of(shapes, sizes, optimizer_slots)
 
 
-def _num_bytes(one: ParameterShape, settings: Settings) -> int:
-    is_cast = settings.precision == "bf16-true" and one.dtype.is_floating_point
-    dtype = torch.bfloat16 if is_cast else one.dtype
-    return torch.Size(one.shape).numel() * dtype.itemsize
+def estimate_of(
+    shapes: Mapping[str, ParameterShape], sizes: Mapping[str, int], optimizer_slots: int
+) -> dict[str, int]:
+    """Add up what a rank holds of each parameter, ``sizes`` in bytes."""
+    trained = sum(sizes[name] for name, one in shapes.items() if one.trained)
+    return {
+        "parameters": sum(sizes.values()),
+        "gradients": trained,
+        "optimizer": optimizer_slots * trained,
+    }
+
+
+def bytes_of(one: ParameterShape, settings: Settings, numel: int | None = None) -> int:
+    """Bytes of ``numel`` elements of a parameter, or of all, in the dtype of the run."""
+    cast = cast_dtype(settings.precision) if one.dtype.is_floating_point else None
+    count = torch.Size(one.shape).numel() if numel is None else numel
+    return count * (cast or one.dtype).itemsize
 
 
 def no_step() -> bool:
@@ -147,15 +159,26 @@ def _bytes(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
 
 
 def _shards(model: nn.Module, optimizer: Any | None) -> Iterator[Shard]:
-    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
-        yield Shard(f"model/{name}", tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
+    yield from weight_shards(model)
     if optimizer is not None:
         yield from optimizer_shards(optimizer, named_parameters(model))
 
 
 @torch.no_grad()
 def _restore(model: nn.Module, optimizer: Any | None, reader: ShardReader) -> None:
-    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
-        reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())
+    restore_weights(model, reader)
     if optimizer is not None:
         restore_optimizer(optimizer, named_parameters(model), reader)
+
+
+def weight_shards(model: nn.Module) -> Iterator[Shard]:
+    """All weights and buffers, whole; of one rank."""
+    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
+        yield from whole(f"model/{name}", tensor, None)
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, reader: ShardReader) -> None:
+    """Fill all weights and buffers, on every rank."""
+    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
+        reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())

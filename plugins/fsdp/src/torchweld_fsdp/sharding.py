@@ -27,6 +27,7 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env
 from torchweld.model.names import canonical
 from torchweld.model.parameters import check_materialised
+from torchweld.model.precision import cast_dtype
 from torchweld_fsdp.averaging import check_replicas_average, repair_averages
 from torchweld_fsdp.checking import (
     check_model,
@@ -133,8 +134,7 @@ def shard_model(
     units = choose_units(model, options.wrap)
     # Written down before FSDP2 gives the classes other names; no units are among the warnings.
     chosen = [*([f"units: {units}"] if units.units else []), *units.warnings]
-    dtype = torch.bfloat16 if settings.precision == "bf16-true" else None
-    placer = Placer(model, env, dtype=dtype, value_of=value_of)
+    placer = Placer(model, env, dtype=cast_dtype(settings.precision), value_of=value_of)
     _shard_bottom_up(model, units, placer, mesh, options, ignored)
     notes = _describe(chosen, mesh, placer, ignored)
     # Tensors may have been replaced, so the ignored ones are looked up again.

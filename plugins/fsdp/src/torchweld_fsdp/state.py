@@ -72,11 +72,9 @@ class ShardedState:
                 yield from whole(f"model/{name}", buffer, None)
         if optimizer is not None:
             named = [(piece.name, piece.held) for piece in self._pieces]
-            yield from self._alike(optimizer_shards(optimizer, named, self._state_shards))
-
-    def _alike(self, shards: Iterator[Shard]) -> Iterator[Shard]:
-        """Leave out what rank 0 writes for all: values that are no tensors."""
-        return (s for s in shards if self._rank == 0 or "!" not in s.name.rpartition("/")[2])
+            yield from optimizer_shards(
+                optimizer, named, self._state_shards, writes_values=self._rank == 0
+            )
 
     def _state_shards(self, name: str, value: Tensor, held: Any) -> Iterator[Shard]:
         piece = self._by_held[id(held)]

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import SetupRequest
-from torchweld.model.names import canonical
+from torchweld.model.names import named_parameters
+from torchweld_fsdp.norms import clip_parts
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -68,8 +69,8 @@ def make_pieces(model: nn.Module, *, local: bool) -> list[Piece]:
         local: whether the optimizer is to hold local tensors.
     """
     return [
-        Piece(canonical(name), parameter, _local(parameter) if local else parameter)
-        for name, parameter in model.named_parameters()
+        Piece(name, parameter, _local(parameter) if local else parameter)
+        for name, parameter in named_parameters(model)
     ]
 
 
@@ -132,7 +133,7 @@ def hold(optimizer: Optimizer, pieces: Sequence[Piece]) -> None:
 
 def step_together(optimizer: Optimizer) -> None:
     """Let an optimizer over DTensors take them all in one operation, where torch offers that."""
-    if type(optimizer) not in ELEMENTWISE and not isinstance(optimizer, ELEMENTWISE):
+    if not isinstance(optimizer, ELEMENTWISE):
         return
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
@@ -181,19 +182,8 @@ class ShardedGradients:
         Returns:
             The full norm before that, a plain tensor, equal on all ranks.
         """
-        gradients, whole = self._locals(), self._wholes()
-        if self._group.size() == 1:
-            norm = self._norm(gradients + whole)
-        else:
-            square = self._norm(gradients).float().square()
-            dist.all_reduce(square, group=self._group)
-            if whole:  # every rank has them, so they are counted once, after the sum
-                square += self._norm(whole).float().square()
-            norm = square.sqrt()
-        if gradients or whole:
-            scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(gradients + whole, scale)
-        return norm
+        device = self._parameters[0].device
+        return clip_parts(self._locals(), limit, self._group, device, whole=self._wholes())
 
     def clip_value(self, limit: float) -> None:
         """Clamp every element to ``[-limit, limit]``."""
@@ -212,13 +202,6 @@ class ShardedGradients:
     def _locals(self) -> list[Tensor]:
         gradients: list[Any] = [p.grad for p in self._sharded]
         return [g._local_tensor for g in gradients if g is not None]
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """As ``nn.utils.get_total_norm``, which makes two Python calls for each tensor."""
-        if not gradients:
-            return torch.zeros((), device=self._parameters[0].device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return norm
 
     def _wholes(self) -> list[Tensor]:
         return [p.grad for p in self._whole if p.grad is not None]

@@ -9,20 +9,24 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from torchweld.components import Settings
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
-from torchweld.model.names import canonical, named_parameters
+from torchweld.model.names import named_parameters
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizing import OptimizerStep, make_optimizer
-from torchweld.strategies.replicated import WindowScale, no_step, set_mode
+from torchweld.strategies.replicated import (
+    WindowScale,
+    bytes_of,
+    estimate_of,
+    no_step,
+    set_mode,
+)
 from torchweld_fsdp.checking import is_ignored
 from torchweld_fsdp.deferred import Deferred, defer
 from torchweld_fsdp.options import FsdpOptions, Wrap, as_names
@@ -43,6 +47,9 @@ from torchweld_fsdp.stepping import (
     steps_locally,
 )
 from torchweld_fsdp.units import choose_units
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class FsdpStrategy:
@@ -134,27 +141,22 @@ class FsdpStrategy:
     ) -> Mapping[str, int]:
         """A share of everything; rows are padded to a multiple of the ranks."""
         size = max(world_size // self.options.replicate, 1)
-        bytes_of = {
-            name: _padded_bytes(
-                one, 1 if is_ignored(name, as_names(self.options.ignored)) else size, settings
-            )
+        whole = as_names(self.options.ignored)
+        parts = {name: 1 if is_ignored(name, whole) else size for name in shapes}
+        sizes = {
+            name: bytes_of(one, settings, _padded(one.shape, parts[name]))
             for name, one in shapes.items()
         }
-        total = sum(bytes_of.values())
-        trained = sum(bytes_of[name] for name, one in shapes.items() if one.trained)
-        return {"parameters": total, "gradients": trained, "optimizer": optimizer_slots * trained}
+        return estimate_of(shapes, sizes, optimizer_slots)
 
     def teardown(self) -> None:
         """Forget how models were built; the process group is core's."""
         self._deferred.clear()
 
 
-def _padded_bytes(one: ParameterShape, size: int, settings: Settings) -> int:
-    """Bytes that one of ``size`` ranks holds of a tensor, with padding."""
-    is_cast = settings.precision == "bf16-true" and one.dtype.is_floating_point
-    dtype = torch.bfloat16 if is_cast else one.dtype
-    shape = one.shape
-    return (-(-shape[0] // size) * math.prod(shape[1:]) if shape else 1) * dtype.itemsize
+def _padded(shape: tuple[int, ...], size: int) -> int:
+    """Elements that one of ``size`` ranks holds of a tensor, with padding."""
+    return -(-shape[0] // size) * math.prod(shape[1:]) if shape else 1
 
 
 class _Preparation:
@@ -191,9 +193,10 @@ class _Preparation:
         settings, env, optimizer = self.request.settings, self.env, self.optimizer
         optimizing = self._optimizing()
         state = ShardedState(self.model, self.pieces, self.sharded.mesh, env.rank)
+        forward = forward_under(self.model, settings.precision, env.device)
         return Prepared(
-            forward=forward_under(self.model, settings.precision, env.device),
-            evaluate=forward_under(self.model, settings.precision, env.device),
+            forward=forward,
+            evaluate=forward,
             evaluate_is_collective=True,
             mode=self._set_mode,
             optimizer=optimizer,
@@ -249,8 +252,7 @@ class _Preparation:
     # ---- at borders ------------------------------------------------------------------------------
 
     def _set_mode(self, train: bool) -> None:
-        self.sharded.reshard()
-        check_bound(self.pieces)
+        self._check()
         set_mode(self.model, self.env, train)
 
     def _named_parameters(self) -> Iterable[tuple[str, Any]]:
@@ -258,14 +260,18 @@ class _Preparation:
         return named_parameters(self.model)
 
     def _checked(self, state: ShardedState) -> ShardedState:
+        self._check()
+        return state
+
+    def _check(self) -> None:
+        """All parameters are shards, and those that the optimizer steps."""
         self.sharded.reshard()
         check_bound(self.pieces)
-        return state
 
 
 def _rebound(request: SetupRequest, model: nn.Module) -> SetupRequest:
     """The request with the groups over today's parameters: FSDP2 replaced the objects."""
-    named = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    named = dict(named_parameters(model))
     groups = [
         {**group, "params": [named[name] for name in group["names"]]} for group in request.groups
     ]

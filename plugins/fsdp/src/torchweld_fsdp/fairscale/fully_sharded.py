@@ -24,14 +24,16 @@ from torchweld.strategies.optimizing import OptimizerStep
 from torchweld.strategies.replicated import (
     WindowScale,
     broadcast_weights,
+    bytes_of,
+    estimate_of,
     no_step,
     place,
     set_mode,
 )
 from torchweld_fsdp.fairscale.imports import fairscale_module, hide_deprecations
-from torchweld_fsdp.fairscale.norms import clip_parts
 from torchweld_fsdp.fairscale.pieces import PieceState, named_shards
 from torchweld_fsdp.fairscale.sharding import check_shareable
+from torchweld_fsdp.norms import clip_parts
 from torchweld_fsdp.units import choose_units
 
 if TYPE_CHECKING:
@@ -65,16 +67,11 @@ class FairscaleFsdpStrategy:
         settings: Settings,
     ) -> Mapping[str, int]:
         """A part of everything, each parameter padded to a multiple of the number of ranks."""
-        parts = [
-            (-(-math.prod(one.shape) // world_size) * one.dtype.itemsize, one.trained)
-            for one in shapes.values()
-        ]
-        trained = sum(size for size, is_trained in parts if is_trained)
-        return {
-            "parameters": sum(size for size, _ in parts),
-            "gradients": trained,
-            "optimizer": optimizer_slots * trained,
+        sizes = {
+            name: bytes_of(one, settings, -(-math.prod(one.shape) // world_size))
+            for name, one in shapes.items()
         }
+        return estimate_of(shapes, sizes, optimizer_slots)
 
     def teardown(self) -> None:
         """Nothing was taken; the process group is core's."""
@@ -190,7 +187,8 @@ class ShardedGradients:
 
     def clip_norm(self, limit: float) -> Tensor:
         """Scale to a norm of at most ``limit``; returns the norm over all ranks."""
-        return clip_parts(self._parameters, limit, self._env)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return clip_parts(gradients, limit, self._env.group, self._env.device)
 
     def clip_value(self, limit: float) -> None:
         """Clamp every element of this rank's parts."""

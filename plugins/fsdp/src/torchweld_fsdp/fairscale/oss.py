@@ -52,13 +52,7 @@ class OssStrategy:
         check_wrapped(prepared.optimizer, oss)
         trained = [p for p in model.parameters() if p.requires_grad]
         state = ShardedState(model, oss, request.env, sent=lambda: trained, shards_gradients=False)
-        return replace(
-            prepared,
-            notes=notes,
-            shards=state.shards,
-            restore=state.restore,
-            bytes_per_rank=state.bytes_per_rank,
-        )
+        return state.bound_to(prepared, notes)
 
     def estimate(
         self,

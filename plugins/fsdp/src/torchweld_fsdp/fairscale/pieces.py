@@ -49,9 +49,12 @@ class PieceState:
             for name, buffer in self._buffers():
                 yield from whole(f"model/{name}", buffer, None)
         if self._optimizer is not None:
-            for shard in optimizer_shards(self._optimizer, self._named, self._state_parts):
-                if self._env.rank == 0 or "!" not in shard.name.rpartition("/")[2]:
-                    yield shard
+            yield from optimizer_shards(
+                self._optimizer,
+                self._named,
+                self._state_parts,
+                writes_values=self._env.rank == 0,
+            )
 
     @torch.no_grad()
     def restore(self, reader: ShardReader) -> None:

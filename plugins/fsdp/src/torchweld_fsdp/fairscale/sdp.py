@@ -19,9 +19,9 @@ from torchweld.strategies.replicated import (
     prepare_replicated,
 )
 from torchweld_fsdp.fairscale.imports import fairscale_module
-from torchweld_fsdp.fairscale.norms import clip_parts
 from torchweld_fsdp.fairscale.sharding import check_wrapped, make_contiguous, shard_optimizer
 from torchweld_fsdp.fairscale.state import ShardedState, largest_share
+from torchweld_fsdp.norms import clip_parts
 
 if TYPE_CHECKING:
     from torchweld.components import Settings
@@ -65,13 +65,7 @@ class SdpStrategy:
         state = ShardedState(
             model, oss, request.env, sent=lambda: wrapped._trainable_params, shards_gradients=True
         )
-        return replace(
-            prepared,
-            notes=notes,
-            shards=state.shards,
-            restore=state.restore,
-            bytes_per_rank=state.bytes_per_rank,
-        )
+        return state.bound_to(prepared, notes)
 
     def _wrap(self, model: nn.Module, oss: Any, env: Env) -> Any:
         return fairscale_module("fairscale.nn.data_parallel").ShardedDataParallel(
@@ -131,7 +125,8 @@ class OwnedGradients:
         ``OSS.clip_grad_norm`` remembers in its first call which parameters had a gradient then,
         and reduces over all processes instead of its group.
         """
-        return clip_parts(self._owned, limit, self._env)
+        gradients = [p.grad for p in self._owned if p.grad is not None]
+        return clip_parts(gradients, limit, self._env.group, self._env.device)
 
     def clip_value(self, limit: float) -> None:
         """Clamp every element of the finished gradients."""

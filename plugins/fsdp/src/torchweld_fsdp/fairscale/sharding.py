@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.model.names import canonical
+from torchweld.strategies.optimizing import plain_groups
 from torchweld_fsdp.fairscale.imports import fairscale_module
 
 if TYPE_CHECKING:
@@ -31,9 +32,8 @@ def shard_optimizer(model: nn.Module, request: SetupRequest) -> Any:
     """
     assert request.optimizer is not None
     check_one_dtype(model)
-    groups = [{k: v for k, v in group.items() if k != "names"} for group in request.groups]
     oss = fairscale_module("fairscale.optim").OSS(
-        groups, optim=request.optimizer, group=request.env.group
+        plain_groups(request), optim=request.optimizer, group=request.env.group
     )
     _check_inner(oss.optim, oss.partition_parameters()[oss.rank])
     # A schedule looks here for the hyper-parameters that it may change: OneCycleLR for betas or

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torchweld.errors import RunError
-from torchweld.interfaces import Env, ParameterShape, Shard, ShardReader
-from torchweld.model.names import persistent_buffers
+from torchweld.interfaces import Env, ParameterShape, Prepared, Shard, ShardReader
+from torchweld.model.names import named_parameters
 from torchweld.strategies.optimizer_state import (
     optimizer_shards,
     restore_optimizer,
     state_bytes,
-    whole,
 )
-from torchweld.strategies.replicated import estimate_replicated
+from torchweld.strategies.replicated import bytes_of, restore_weights, weight_shards
 
 if TYPE_CHECKING:
     from torchweld.components import Settings
@@ -50,10 +50,20 @@ class ShardedState:
         self._model, self._oss, self._env = model, oss, env
         self._sent, self._shards_gradients = sent, shards_gradients
 
+    def bound_to(self, prepared: Prepared, notes: Sequence[str]) -> Prepared:
+        """Return ``prepared`` with this in place of what the whole optimizer would have."""
+        return replace(
+            prepared,
+            notes=notes,
+            shards=self.shards,
+            restore=self.restore,
+            bytes_per_rank=self.bytes_per_rank,
+        )
+
     def owned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that this rank steps, under their names."""
         owned = {id(p) for group in self._oss.optim.param_groups for p in group["params"]}
-        return ((n, p) for n, p in self._model.named_parameters() if id(p) in owned)
+        return ((n, p) for n, p in named_parameters(self._model) if id(p) in owned)
 
     def shards(self) -> Iterator[Shard]:
         """Weights and buffers from rank 0, optimizer state from every rank that owns some.
@@ -63,15 +73,13 @@ class ShardedState:
         """
         self._check_attached()
         if self._env.rank == 0:
-            for name, tensor in (*self._model.named_parameters(), *persistent_buffers(self._model)):
-                yield from whole(f"model/{name}", tensor, None)
+            yield from weight_shards(self._model)
         yield from optimizer_shards(self._oss.optim, self.owned())
 
     @torch.no_grad()
     def restore(self, reader: ShardReader) -> None:
         """Fill weights and buffers, and the state of what this rank owns, whoever wrote it."""
-        for name, tensor in (*self._model.named_parameters(), *persistent_buffers(self._model)):
-            reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())
+        restore_weights(self._model, reader)
         self._oss.state.clear()  # what a wrapper around OSS left for its next step
         restore_optimizer(self._oss.optim, self.owned(), reader)
 
@@ -89,7 +97,7 @@ class ShardedState:
         buckets = (b for by_rank in self._oss.buckets.values() for b in by_rank.values())
         storages = {bucket.buffer.untyped_storage().data_ptr() for bucket in buckets}
         lost = {id(p) for p in self._sent() if p.untyped_storage().data_ptr() not in storages}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in named_parameters(self._model):
             if id(parameter) in lost:
                 raise RunError(
                     f"the parameter {name!r} was given another tensor after set-up, and OSS goes "
@@ -107,5 +115,5 @@ def largest_share(shapes: Mapping[str, ParameterShape], world_size: int, setting
     for one in shapes.values():
         owner = counts.index(min(counts))
         counts[owner] += math.prod(one.shape) if one.trained else 1
-        sizes[owner] += estimate_replicated({"": one}, 0, settings)["gradients"]
+        sizes[owner] += bytes_of(one, settings) if one.trained else 0
     return max(sizes)
