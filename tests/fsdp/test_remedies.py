@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 from tests.fsdp.gpt import Gpt, LateGpt, text
-from tests.fsdp.strategies import bench_of, case_of, is_layer, steps_of
+from tests.fsdp.strategies import bench_of, case_of, different, is_layer, steps_of
 from torchweld import Trainer, use
+from torchweld.checkpoint import Checkpoint, write
 from torchweld.errors import RunError
 from torchweld.testing import models, run_ranks
-from torchweld.testing.strategy_session import Case, local, prepared
+from torchweld.testing.states import assemble
+from torchweld.testing.strategy_session import Case, Session, local, prepared
 from torchweld_fsdp.averaging import average_of_ones, repair_averages
 
 CPU = torch.device("cpu")
@@ -265,6 +269,96 @@ def test_an_evaluation_before_training_does_not_break_it() -> None:
     first, second = run_ranks(evaluated_then_fitted, 2)
 
     assert first == second
+
+
+# ---- buffers and state ---------------------------------------------------------------------------
+
+
+def statistics_by_hand() -> Tensor:
+    """BatchNorm's running mean after a training step on another half of a batch on each rank."""
+    with group():
+        torch.manual_seed(0)
+        model = shard_by_hand(nn.Sequential(nn.Linear(33, 7), nn.BatchNorm1d(7)))
+        model(models.features(8)[0][dist.get_rank() :: 2])
+        (mean, *_) = model.buffers()
+        return mean.clone()
+
+
+def with_batchnorm() -> nn.Module:
+    return nn.Sequential(nn.Linear(33, 7), nn.BatchNorm1d(7))
+
+
+def save(session: Session, path: str) -> None:
+    write(
+        Path(path),
+        rank=session.env.rank,
+        world_size=session.env.world_size,
+        exchange=session.ranks.exchange,
+        shards=session.prepared.shards(),
+        header={},
+    )
+
+
+def statistics(case: Case, path: str) -> tuple[Tensor, Tensor]:
+    """The same through the strategy: what evaluation uses, and what a checkpoint brings back."""
+    with prepared(case) as session:
+        session.take(steps_of("mlp", 1)[0])
+        session.prepared.mode(False)
+        (mean, *_) = session.model.buffers()
+        seen = mean.clone()
+        save(session, path)
+        mean.fill_(float(session.env.rank))
+        session.prepared.restore(Checkpoint.open(path))
+        return seen, mean.clone()
+
+
+def test_every_rank_evaluates_and_loads_the_same_statistics(tmp_path: Path) -> None:
+    first, second = run_ranks(statistics_by_hand, 2)
+    assert not first.equal(second)  # the fault: each rank would evaluate another model
+
+    case = case_of(bench_of("fsdp", 2), with_batchnorm)
+    (seen, loaded), (seen_too, loaded_too) = run_ranks(statistics, 2, case, str(tmp_path / "c"))
+
+    assert seen.equal(seen_too)
+    assert loaded.equal(loaded_too)
+    assert loaded.equal(seen)
+
+
+def step_after_new_weights(case: Case, path: str, restores: bool) -> list[Any]:
+    """One step after the weights were replaced: by ``restore``, or by hand, which keeps state."""
+    first, dirty, after = steps_of("mlp", 3)
+    with prepared(replace(case, optimizer=None)) as fresh:
+        save(fresh, path)
+    with prepared(case) as session:
+        begun = [p.detach().clone() for p in session.model.parameters()]
+        session.take(first)
+        session.take(dirty)
+        if restores:
+            session.prepared.restore(Checkpoint.open(path))
+        else:
+            with torch.no_grad():
+                for parameter, value in zip(session.model.parameters(), begun, strict=True):
+                    parameter.copy_(value)
+        session.take(after)
+        return session.state()
+
+
+def step_from_the_beginning(case: Case) -> list[Any]:
+    with prepared(case) as session:
+        session.take(steps_of("mlp", 3)[2])
+        return session.state()
+
+
+def test_weights_without_optimizer_state_leave_none_behind(tmp_path: Path) -> None:
+    case = case_of(bench_of("fsdp", 2), "mlp")
+    arguments = step_after_new_weights, 2, case
+    expected = assemble(run_ranks(step_from_the_beginning, 2, case))
+
+    by_hand = assemble(run_ranks(*arguments, str(tmp_path / "a"), False))
+    restored = assemble(run_ranks(*arguments, str(tmp_path / "b"), True))
+
+    assert different(by_hand, expected) != []  # the fault: momentum of other weights goes on
+    assert different(restored, expected) == []
 
 
 # ---- layers and optimizers that are not those of set-up ------------------------------------------
