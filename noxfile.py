@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +67,13 @@ TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
 NEWEST_TORCH = "torch==2.13.0"
 # Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
 TORCH_WITH_COMPOSER = ["torch==2.7.0", "torchvision==0.22.0"]
-LIBRARIES = {"composer": ["mosaicml==0.32.1"], "fsdp": ["fairscale==0.4.13"]}
+LIBRARIES = {
+    "composer": ["mosaicml==0.32.1"],
+    "ffcv": ["ffcv==1.0.2", "numba", "setuptools"],
+    "fsdp": ["fairscale==0.4.13"],
+}
+# ffcv has no wheels: pip compiles it against these, with a compiler and Python's headers.
+SYSTEM_PACKAGES = ["pkg-config", "libopencv-dev", "libturbojpeg0-dev", "g++"]
 # Other trainers: the benchmark measures them, and the documentation starts from their scripts.
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 WITH_PLUGINS = [*PYTEST, *PEERS, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
@@ -107,14 +114,52 @@ def prepare(
     return str(directory / "bin" / "python")
 
 
+def has_headers() -> bool:
+    """Whether C code can be compiled for this Python; Debian's own needs a package for it."""
+    return (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
+def has_system_packages() -> bool:
+    """Whether what ffcv is compiled with is there."""
+    if not (shutil.which("pkg-config") and shutil.which("g++") and has_headers()):
+        return False
+    found = ["pkg-config", "--exists", "opencv4", "libturbojpeg"]
+    return subprocess.run(found, check=False).returncode == 0
+
+
+def install_system_packages(session: nox.Session) -> None:
+    """Install what ffcv is compiled with: as root with apt-get, otherwise say how and stop."""
+    if has_system_packages():
+        return
+    # A Python that apt did not install has its headers, and perhaps a version that apt has not.
+    headers = "python{}.{}-dev".format(*sys.version_info)
+    packages = [*SYSTEM_PACKAGES, *([] if has_headers() else [headers])]
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        session.error(
+            "ffcv is compiled here and needs a compiler, OpenCV and libjpeg-turbo; install them "
+            f"as root and run the command again: {' '.join(install)} (conda: conda install -c "
+            "conda-forge pkg-config opencv libjpeg-turbo compilers; macOS: brew install "
+            "pkg-config opencv jpeg-turbo)"
+        )
+    session.log(f"ffcv is compiled here: installing {', '.join(packages)}")
+    environment = {"DEBIAN_FRONTEND": "noninteractive"}
+    session.run("apt-get", "update", "-qq", env=environment, external=True)
+    session.run(*install, env=environment, external=True)
+
+
 def pins(plugins: Sequence[str]) -> list[str]:
     """The libraries of ``plugins``, and the newest torch that goes with all of them."""
-    torch = TORCH_WITH_COMPOSER if "composer" in plugins else [NEWEST_TORCH]
+    # ffcv's datasets are torchvision's, which needs the torch that it was made for.
+    both = {"composer", "ffcv"} & set(plugins)
+    torch = TORCH_WITH_COMPOSER if both else [NEWEST_TORCH]
     return [*torch, *(library for name in plugins for library in LIBRARIES[name])]
 
 
 def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     """Return the Python of an environment with core and ``plugins``, all in editable mode."""
+    if "ffcv" in plugins:
+        install_system_packages(session)
     folders = ["core", *(f"plugins/{name}" for name in plugins)]
     editable = [f"--editable={folder}" for folder in folders]
     requirements = [*pins(plugins), *WITH_PLUGINS, *editable]
@@ -233,6 +278,7 @@ def install_alone(
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all that has to pass: the command that the README names."""
+    install_system_packages(session)  # what cannot be installed is said before anything else
     plugins = [f"plugin({name})" for name in PLUGINS]
     for name in ["lint", "style", "types", "pythons", "core", *plugins, "together", "build"]:
         session.notify(name)
@@ -247,9 +293,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the overhead of one step beside other trainers."""
+    """Measure the overhead of one step beside other trainers, and that of sharding."""
     python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
+    session.run(python, "-m", "benchmarks.fsdp", env=ENV)
 
 
 @nox.session
@@ -260,8 +307,10 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
-    run_pytest(session, with_plugins(session, PLUGINS), "-m", "gpu")
+    """Run the tests and the benchmark that need a CUDA device."""
+    python = with_plugins(session, PLUGINS)
+    run_pytest(session, python, "-m", "gpu")
+    session.run(python, "-m", "benchmarks.fsdp", env=ENV)
 
 
 if __name__ == "__main__":

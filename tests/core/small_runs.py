@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -232,4 +233,6 @@ def saved(root: str | Path) -> list[Path]:
 
 def left_over(root: str | Path) -> list[str]:
     """Names of what a write leaves when it is not finished or not cleaned up."""
-    return [path.name for path in Path(root).rglob(".*")]
+    # A walk goes on where a directory is renamed under it; a glob of Python 3.11 raises.
+    found = [name for _, folders, files in os.walk(root) for name in (*folders, *files)]
+    return [name for name in found if name.startswith(".")]

@@ -288,6 +288,17 @@ def test_a_plugin_whose_commands_raise_is_one_line(site: Site) -> None:
     assert "torchweld_commands raised OSError: no home" in result.output
 
 
+def test_doctor_prints_what_a_plugin_says_this_machine_lacks(site: Site) -> None:
+    offer = OFFER.format(name="beton", module="torchweld_beton", more="")
+    hook = "\n@hookimpl\ndef torchweld_doctor():\n    return ['no OpenCV: apt-get install it']\n"
+    site.plugin("beton", source=offer + hook)
+
+    result = run("doctor")
+
+    assert "beton      no OpenCV: apt-get install it" in result.output
+    assert "nothing is broken" not in result.output
+
+
 def test_an_unknown_command_is_suggested() -> None:
     result = run("plugin")
 

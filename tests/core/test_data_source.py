@@ -38,6 +38,7 @@ from tests.core.trainings import (
     train_by_hand,
     weights,
 )
+from torchweld import Component
 from torchweld.data.torch_source import TorchSource
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env, Loader, LoaderRequest
@@ -423,6 +424,31 @@ def test_a_loader_shorter_than_it_says_is_an_error() -> None:
 def test_a_dataset_smaller_than_a_batch_with_drop_last_is_an_error() -> None:
     with pytest.raises(InvalidArgument, match="smaller batch_size"):
         fit(make_model(), make_data(3), settings={"data": of_dataset(4, drop_last=True)})
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_source_is_told_the_memory_format_of_the_weights(last: bool) -> None:
+    told: list[bool] = []
+
+    class Source(TorchSource):
+        def build(self, request: LoaderRequest) -> Loader:
+            told.append(request.channels_last)
+            return super().build(request)
+
+    convolution = nn.Conv2d(3, 4, 3)
+    if last:
+        convolution.weight.data = convolution.weight.data.to(memory_format=torch.channels_last)
+    model = nn.Sequential(convolution, nn.Flatten(), nn.Linear(16, 3))
+    images = TensorDataset(torch.rand(8, 3, 4, 4), torch.arange(8) % 3)
+    source = Source(**{**OPTIONS, "batch_size": 4})
+    data = Component("told", "a source that is told", lambda: source)
+    trainer = make_trainer(data=data, max_epochs=1)
+
+    trainer.fit(model, images, images, **arguments())
+    trainer.evaluate(data=images, loss=F.cross_entropy)
+    make_trainer(data=data).evaluate(model, images, loss=F.cross_entropy)
+
+    assert told == [last] * 4
 
 
 # ---- batches of any form -------------------------------------------------------------------------

@@ -347,6 +347,29 @@ def test_commands_come_by_entry_point_and_failures_are_data() -> None:
     ]
 
 
+class Advises(Offers):
+    @hookimpl
+    def torchweld_doctor(self) -> list[str]:
+        return ["no libopencv: apt-get install libopencv-dev"]
+
+
+class AdvisesInNumbers(Offers):
+    @hookimpl
+    def torchweld_doctor(self) -> list[int]:
+        return [1]
+
+
+def test_what_a_machine_lacks_comes_by_entry_point_and_failures_are_data() -> None:
+    registry = Registry({"good": Advises(), "odd": AdvisesInNumbers(), "quiet": Offers()})
+
+    advice, broken = registry.gather_advice()
+
+    assert advice == {"good": ["no libopencv: apt-get install libopencv-dev"]}
+    assert [(b.entry_point, b.error) for b in broken] == [
+        ("odd", "torchweld_doctor returned something else than lines of text")
+    ]
+
+
 def test_two_strategies_are_a_finding_of_the_plan() -> None:
     plan = make_plan(Registry(), strategy=["single", "ddp"], data="torch")
 

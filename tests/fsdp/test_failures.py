@@ -42,8 +42,8 @@ def test_a_rank_that_is_gone_is_named_and_ends_all(harm: str, who: int, tmp_path
 
 
 def test_a_rank_that_hangs_is_shown_where_it_is(tmp_path: Path) -> None:
-    limit = {"STRATEGY": "fsdp", "TORCHWELD_HANG_SECONDS": "2"}
-    with launched(tmp_path, "data", "wait", "1", **limit) as launch:
+    words = tmp_path, "data", "wait", "1"
+    with launched(*words, STRATEGY="fsdp", TORCHWELD_HANG_SECONDS="2") as launch:
         codes = launch.codes()
 
     assert codes == [1, 1]

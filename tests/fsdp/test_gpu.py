@@ -133,19 +133,25 @@ def test_fsdp_equals_fsdp2_by_hand(options: dict[str, Any], tmp_path: Path) -> N
 # ---- memory --------------------------------------------------------------------------------------
 
 
+def make_large_model() -> GPT:
+    return GPT(1024, 8, 16)
+
+
 def _bytes_per_parameter(strategy: Any) -> float:
-    """GPU memory that stays allocated after some steps, and the parameters of the whole model."""
-    torch.cuda.set_device(dist_device())
+    """GPU memory that stays allocated after some steps, over the parameters of the whole model."""
+    device = torch.device("cuda", dist_device())
+    square = torch.ones(8, 8, device=device, requires_grad=True)
+    (square @ square).sum().backward()  # cuBLAS takes its workspaces
     before = torch.cuda.memory_allocated()
     trainer = make_trainer(strategy, steps=3)
     with trainer.prepare(
-        partial(GPT, 512, 8, 8), make_data(), loss=nats_per_byte, optimizer=partial(AdamW, lr=1e-3)
+        make_large_model, make_data(), loss=nats_per_byte, optimizer=partial(AdamW, lr=1e-3)
     ) as run:
         for inputs, targets in run.batches():
             run.backward(run.loss(run.model(inputs), targets))
             run.step()
         held = torch.cuda.memory_allocated() - before
-    return held / sum(p.numel() for p in GPT(512, 8, 8).parameters())
+    return held / sum(p.numel() for p in make_large_model().parameters())
 
 
 def test_memory_of_fsdp_is_a_share_of_weights_and_adams_state() -> None:

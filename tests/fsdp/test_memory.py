@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.fsdp.gpt import CONTEXT, text, wide_gpt
 from tests.fsdp.strategies import bench_of, case_of
+from torchweld import Trainer
 from torchweld.components import Settings
 from torchweld.interfaces import ParameterShape
 from torchweld.testing import run_ranks
@@ -98,6 +99,17 @@ def test_bytes_a_rank_are_those_predicted(make_model: Any, world_size: int) -> N
         assert bytes_here["optimizer"] <= expected["optimizer"] * 1.01 + 1000
     total = 16 * sum(p.numel() for p in make_model().parameters()) / world_size
     assert total <= sum(expected.values()) <= total * (1.01 if make_model is wide_gpt else 1.08)
+
+
+def test_the_plan_names_units_and_bytes() -> None:
+    from torchweld.cli.building import estimate_memory
+
+    plan = Trainer(strategy="fsdp", barebones=True).plan
+
+    memory = estimate_memory(plan, model="tests.fsdp.gpt:Gpt", optimizer="adamw", world_size=2)
+
+    assert memory.units == "3 Block (92 % of the parameters, largest 31 %)"
+    assert memory.sum_bytes == pytest.approx(16 * memory.num_parameters / 2, rel=0.01)
 
 
 def test_the_peak_of_a_step_stays_below_the_whole_model() -> None:

@@ -159,7 +159,7 @@ def test_blocks_inside_a_container_with_a_forward_are_taken_and_said() -> None:
 def test_the_line_for_the_plan_says_classes_and_shares() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Block(), Block())
 
-    assert str(choose_units(model)) == "2 Block (89% of the parameters, largest 44%)"
+    assert str(choose_units(model)) == "2 Block (89 % of the parameters, largest 44 %)"
     assert str(choose_units(mlp())) == "root only"
 
 

@@ -26,7 +26,8 @@ PAGES = [
     ROOT / "core" / "README.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+# The language model has tests of its own, in test_language_model.py.
+EXAMPLES = sorted(path for path in ROOT.glob("examples/*.py") if path.name != "gpt.py")
 BLOCK = re.compile(
     r"^(?:<!-- (?P<word>\w+)(?:: (?P<value>[^>]+))? -->\n)?"
     r"```(?P<language>\w+)\n(?P<code>.*?)^```$",

@@ -112,3 +112,15 @@ def torchweld_commands() -> Iterable[Any]:  # type: ignore[empty-body]  # a spec
         ``click.Command`` objects; they appear under the entry point's own name, so the commands
         of two plugins cannot collide.
     """
+
+
+@hookspec
+def torchweld_doctor() -> Iterable[str]:  # type: ignore[empty-body]  # a specification
+    """Say what this machine lacks for the plugin, with the command that brings it.
+
+    Called by ``torchweld doctor``. It may look for programs and files, and must not import the
+    wrapped library: what is missing may be what its import ends with.
+
+    Returns:
+        Lines to print; empty when nothing is missing.
+    """

@@ -305,7 +305,13 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class LoaderRequest:
-    """What core tells a data source; options such as ``batch_size`` are the component's own."""
+    """What core tells a data source; options such as ``batch_size`` are the component's own.
+
+    Attributes:
+        sample_transforms: of surgeries; for training only.
+        channels_last: the model's convolutions have the NHWC memory format: images are best made
+            in it, where that costs nothing.
+    """
 
     data: Any
     train: bool

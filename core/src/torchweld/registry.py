@@ -125,6 +125,23 @@ class Registry:
                 commands[plugin.entry_point] = items
         return commands, tuple(broken)
 
+    def gather_advice(self) -> tuple[Mapping[str, Sequence[str]], tuple[Broken, ...]]:
+        """Return what plugins say this machine lacks, by entry point, and those that cannot say."""
+        advice: dict[str, Sequence[str]] = {}
+        broken: list[Broken] = []
+        for plugin in self.stock.plugins:
+            hook = plugin.hooks.get("torchweld_doctor")
+            if hook is None:
+                continue
+            items, fault = items_of("torchweld_doctor", hook)
+            if not fault and not all(isinstance(item, str) for item in items):
+                fault = "torchweld_doctor returned something else than lines of text"
+            if fault:
+                broken.append(_broken(plugin, fault))
+            elif items:
+                advice[plugin.entry_point] = items
+        return advice, tuple(broken)
+
 
 def _defaults(item: Offered) -> Iterable[Any]:
     """Yield the default options of a component, unless an option has no default."""

@@ -116,8 +116,9 @@ def doctor(ctx: click.Context) -> None:
     Exits with 1 when an installed plugin is broken.
     """
     registry = Registry.installed()
-    faults = registry.gather_commands()[1]
-    click.echo(doctor_text(registry.stock, faults))
+    advice, silent = registry.gather_advice()
+    faults = (*registry.gather_commands()[1], *silent)
+    click.echo(doctor_text(registry.stock, faults, advice))
     ctx.exit(1 if registry.broken or faults else 0)
 
 

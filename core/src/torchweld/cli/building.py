@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -51,7 +52,25 @@ def estimate_memory(plan: Plan, *, model: str, optimizer: str, world_size: int) 
     total = sum(torch.Size(one.shape).numel() for one in shapes.values())
     strategy = build(plan.strategy)
     sizes = estimate(plan.strategy, strategy, shapes, slots, world_size, plan.settings)
-    return Memory(model, total, optimizer, slots, world_size, sizes, note)
+    units = describe_units(made, strategy.units(made))
+    return Memory(model, total, optimizer, slots, world_size, sizes, note, units)
+
+
+def describe_units(model: nn.Module, units: Sequence[nn.Module]) -> str:
+    """Return how many of which class, and how much of the model they are.
+
+    >>> describe_units(model := nn.Sequential(nn.Linear(3, 1), nn.Linear(3, 1)), list(model))
+    '2 Linear (100 % of the parameters, largest 50 %)'
+    """
+    if list(units) == [model]:
+        return ""
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    sizes = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
+    held = {id(p): p.numel() for unit in units for p in unit.parameters()}
+    counts = Counter(type(unit).__name__ for unit in units)
+    named = " + ".join(f"{count} {name}" for name, count in counts.items())
+    share, largest = sum(held.values()) / total, max(sizes, default=0) / total
+    return f"{named} ({share:.0%} of the parameters, largest {largest:.0%})".replace("%", " %")
 
 
 @contextmanager

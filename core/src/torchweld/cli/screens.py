@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torchweld.claims import Phase
@@ -52,12 +53,17 @@ def plugins_data(stock: Inventory) -> dict[str, Any]:
     }
 
 
-def doctor_text(stock: Inventory, faults: Sequence[Broken] = ()) -> str:
+def doctor_text(
+    stock: Inventory,
+    faults: Sequence[Broken] = (),
+    advice: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
     """What a bug report needs: versions, plugins, and everything that is wrong with them.
 
     Args:
         stock: what is installed.
-        faults: plugins whose commands cannot be had.
+        faults: plugins whose commands or advice cannot be had.
+        advice: what plugins say that this machine lacks, by entry point.
     """
     versions = [f"{name} {installed_version(name) or 'not installed'}" for name in _VERSIONS]
     lines = [
@@ -67,8 +73,9 @@ def doctor_text(stock: Inventory, faults: Sequence[Broken] = ()) -> str:
         *_unmet_lines(stock),
         *_faults(stock),
         *(line for fault in faults for line in _broken(fault)),
+        *(f"{name:<{_LABEL}}{line}" for name, lines in advice.items() for line in lines),
     ]
-    healthy = not stock.broken and not faults
+    healthy = not stock.broken and not faults and not advice
     return "\n".join([*lines, *([] if not healthy else ["nothing is broken"])])
 
 

@@ -36,6 +36,20 @@ def model_facts(model: nn.Module) -> dict[str, bool]:
     }
 
 
+def has_channels_last(model: nn.Module) -> bool:
+    """Whether the weights of a convolution have the NHWC memory format, which inputs then suit.
+
+    Strides are looked at, not the surgery that made them: a user may have changed the model, too.
+    """
+    # A weight with a single channel, or of 1 x 1, is contiguous in both formats and tells nothing.
+    return any(
+        parameter.dim() == 4
+        and not parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+        for parameter in model.parameters()
+    )
+
+
 def loss_facts(loss: Any, *, visible: bool) -> dict[str, bool]:
     """What the loss tells by itself; a loss nobody knows leaves tokens open for the first batch."""
     facts = {"loss.visible": visible}

@@ -21,11 +21,16 @@ def canonical(name: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to ``model.state_dict()``, under its names, each once."""
+    """The buffers that belong to ``model.state_dict()``, under canonical names, each once."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         transient = module._non_persistent_buffers_set
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
             if name.rpartition(".")[2] not in transient and id(buffer) not in seen:
                 seen.add(id(buffer))
-                yield name, buffer
+                yield canonical(name), buffer
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters under canonical names, each once."""
+    return ((canonical(name), parameter) for name, parameter in model.named_parameters())

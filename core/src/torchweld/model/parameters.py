@@ -45,7 +45,7 @@ def make_groups(model: nn.Module, rule: GroupRule | None) -> list[ParamGroup]:
     groups: list[ParamGroup] = []
     settings: list[Mapping[str, object]] = []
     for name, module, parameter in owned_parameters(model):
-        wanted = rule(name, module, parameter) if rule is not None else {}
+        wanted = _asked(rule, name, module, parameter) if rule is not None else {}
         if not isinstance(wanted, Mapping):
             raise InvalidArgument(
                 f"param_groups returned {wanted!r} for {name!r}: return a mapping of "
@@ -60,10 +60,27 @@ def make_groups(model: nn.Module, rule: GroupRule | None) -> list[ParamGroup]:
     return groups
 
 
+def _asked(
+    rule: GroupRule, name: str, module: nn.Module, parameter: nn.Parameter
+) -> Mapping[str, object]:
+    try:
+        return rule(name, module, parameter)
+    except (RuntimeError, NotImplementedError) as error:
+        if not parameter.is_meta:
+            raise
+        raise InvalidArgument(
+            f"param_groups reads the values of {name!r}, which the strategy fills in later "
+            f"({error}): decide by name and shape, or give the model itself instead of a function"
+        ) from error
+
+
 def without_frozen_groups(groups: Sequence[ParamGroup]) -> tuple[list[ParamGroup], list[str]]:
     """Leave out groups with nothing to train; returns the rest and a note for each left out."""
-    kept = [g for g in groups if any(p.requires_grad for p in g["params"])]
-    dropped = [g for g in groups if g not in kept]
+    kept: list[ParamGroup] = []
+    dropped: list[ParamGroup] = []
+    for group in groups:
+        trained = any(p.requires_grad for p in group["params"])
+        (kept if trained else dropped).append(group)
     notes = [
         f"a group of {len(g['names'])} frozen parameters ({g['names'][0]}, …) was left out"
         for g in dropped

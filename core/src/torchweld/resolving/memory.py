@@ -24,6 +24,7 @@ class Memory:
         world_size: number of processes.
         num_bytes: ``parameters``, ``gradients``, ``optimizer``, and what the strategy adds.
         note: how the model was built, where that is not on the meta device.
+        units: which modules the strategy handles one by one; "" where that is the whole model.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Memory:
     world_size: int
     num_bytes: Mapping[str, int]
     note: str = ""
+    units: str = ""
 
     @property
     def sum_bytes(self) -> int:
@@ -55,6 +57,7 @@ class Memory:
         return [
             f"{where}: {self.model} ({count}), {self.optimizer} ({slots} each)",
             *([self.note] if self.note else []),
+            *([f"units: {self.units}"] if self.units else []),
             *(f"{label:{width}}{size_text(size):>9}" for label, size in rows),
             "activations and buffers come on top",
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from torchweld.errors import InvalidArgument
 from torchweld.loop.console import Console
 from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
 from torchweld.loop.handle import Handle
+from torchweld.model.facts import has_channels_last
 from torchweld.setup.loading import evaluation_loader
 from torchweld.setup.requests import FitRequest, check_functions, check_metric_names
 from torchweld.setup.setting_up import remake, set_up
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torchweld.plan import Plan
     from torchweld.setup.launching import Launched
     from torchweld.setup.requests import Config
+
+    MakeLoader = Callable[[Any], Loader]
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def _ready(
     check_functions(request, "loss", "eval_step")
     check_metric_names(request.metrics)
     check_metrics(request.metrics, launched.ranks.world_size)
-    evaluator = _evaluator(request, launched, config, trained)
-    loader = evaluation_loader(launched, request.data)
+    evaluator, make_loader = _evaluator(request, launched, config, trained)
+    loader = make_loader(request.data)
     try:
         yield evaluator, loader
     finally:
@@ -87,12 +90,13 @@ def _ready(
 
 def _evaluator(
     request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
-) -> Evaluator:
+) -> tuple[Evaluator, MakeLoader]:
     run: TrainingRun | EvaluationRun
     if trained is None:
-        evaluator, run = _fresh(request, launched, config)
+        evaluator, make_loader, run = _fresh(request, launched, config)
     else:
-        evaluator, run = trained.wiring.evaluator, trained
+        wiring, run = trained.wiring, trained
+        evaluator, make_loader = wiring.evaluator, wiring.make_loader
         if request.init_weights is not None:
             raise InvalidArgument(
                 "init_weights= is for another model than the trained one: give model="
@@ -103,12 +107,12 @@ def _evaluator(
         evaluator = replace(evaluator, loss=request.loss)
     if request.metrics:
         evaluator = replace(evaluator, metrics=request.metrics)
-    return evaluator
+    return evaluator, make_loader
 
 
 def _fresh(
     request: EvaluationRequest, launched: Launched, config: Config
-) -> tuple[Evaluator, EvaluationRun]:
+) -> tuple[Evaluator, MakeLoader, EvaluationRun]:
     if request.model is None:
         raise InvalidArgument("model=None: nothing was trained yet; give the model to evaluate")
     console = Console(speaks=launched.ranks.rank == 0, quiet=config.extras.barebones)
@@ -116,6 +120,7 @@ def _fresh(
         request.model, loss=request.loss or _no_loss, init_weights=request.init_weights
     )
     remade = remake(launched, fit_request, config, console)
+    last = has_channels_last(remade.parts.model)
     ready = set_up(remade, console)
     console.open(headline(launched.plan, launched.ranks.env))
     handle, env = Handle(ready.prepared), launched.ranks.env
@@ -129,7 +134,8 @@ def _fresh(
         bind_transform(env.device, False, remade.parts.input_transforms),
         remade.parts.model,
     )
-    return evaluator, EvaluationRun(handle, env, launched.plan)
+    make_loader = partial(evaluation_loader, launched, channels_last=last)
+    return evaluator, make_loader, EvaluationRun(handle, env, launched.plan)
 
 
 def _no_loss(_outputs: Any, _targets: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from torchweld.setup.launching import Launched
 
 
-def train_loader(launched: Launched, data: Any, parts: Parts, seed: int) -> Loader:
+def train_loader(
+    launched: Launched, data: Any, parts: Parts, seed: int, *, channels_last: bool
+) -> Loader:
     """Make the loader of training."""
     request = LoaderRequest(
         data=data,
@@ -28,20 +30,24 @@ def train_loader(launched: Launched, data: Any, parts: Parts, seed: int) -> Load
         env=launched.ranks.env,
         seed=seed,
         sample_transforms=parts.sample_transforms,
+        channels_last=channels_last,
     )
     return guarded(launched.plan.data, "opened", lambda: launched.data.build(request))
 
 
-def evaluation_loader(launched: Launched, data: Any) -> Loader:
+def evaluation_loader(launched: Launched, data: Any, *, channels_last: bool) -> Loader:
     """Make a loader for validation, evaluation or prediction."""
-    request = LoaderRequest(data=data, train=False, env=launched.ranks.env, seed=0)
+    env = launched.ranks.env
+    request = LoaderRequest(data, train=False, env=env, seed=0, channels_last=channels_last)
     chosen = launched.plan.val_data or launched.plan.data
     return guarded(chosen, "opened", lambda: launched.val_data.build(request))
 
 
-def validation(launched: Launched, sets: Mapping[str, Any], duration: Duration) -> Validation:
+def validation(
+    make_loader: Callable[[Any], Loader], sets: Mapping[str, Any], duration: Duration
+) -> Validation:
     """Make the loaders of ``val=``."""
-    loaders = {name: evaluation_loader(launched, data) for name, data in sets.items()}
+    loaders = {name: make_loader(data) for name, data in sets.items()}
     return Validation(loaders, duration.limit_val_batches)
 
 

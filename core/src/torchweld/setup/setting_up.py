@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torchweld.loop.handle import Handle
 from torchweld.loop.loggers import make_loggers
 from torchweld.loop.recorder import Recorder
 from torchweld.loop.wiring import Wiring, needs_closure
-from torchweld.model.facts import loss_facts, model_facts
+from torchweld.model.facts import has_channels_last, loss_facts, model_facts
 from torchweld.model.parameters import (
     CheckedFactory,
     as_factory,
@@ -191,7 +192,10 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
     launched, parts = remade.launched, remade.parts
     ranks, extras, plan = launched.ranks, config.extras, remade.launched.plan
     check_metrics(request.metrics, ranks.world_size)
-    loader = train_loader(launched, request.train, parts, data_seed(launched))
+    last = has_channels_last(parts.model)  # before a strategy may lay the weights out anew
+    make_loader = partial(evaluation_loader, launched, channels_last=last)
+    seed = data_seed(launched)
+    loader = train_loader(launched, request.train, parts, seed, channels_last=last)
     for note in filter(None, [getattr(loader, "note", "")]):
         console.say(f"data: {note}")
     log_every = None if extras.barebones else extras.log_every_n_steps
@@ -235,7 +239,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
             transform,
             parts.model,
         ),
-        validation=validation(launched, request.val_sets, config.duration),
+        validation=validation(make_loader, request.val_sets, config.duration),
         scheduler=scheduler,
         callbacks=callbacks,
         loggers=make_loggers(extras.logger, directory) if ranks.rank == 0 else [],
@@ -248,7 +252,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
         group_names=ready.group_names,
         optimizer_class=ready.optimizer_class,
         provides=ready.provides,
-        make_loader=lambda data: evaluation_loader(launched, data),
+        make_loader=make_loader,
         loss=parts.loss,
     )
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchweld.model.names import named_parameters
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -117,7 +119,7 @@ class OptimizerStep:
         actions: list[Callable[[], None]] = []
         settings = request.settings
         for transform in request.grad_transforms:
-            named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in named_parameters(self._model) if p.requires_grad]
             actions.append(_call_with(transform, named))
         if gradients is not None:
             actions.append(gradients.collect)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchweld.interfaces import Prepared, Shard, ShardReader
-from torchweld.model.names import persistent_buffers
+from torchweld.model.names import named_parameters, persistent_buffers
 from torchweld.model.parameters import check_materialised
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizer_state import (
@@ -79,7 +79,7 @@ def prepare_replicated(
         window=scale.open if settings.accumulate_grad_batches > 1 else None,
         grad_norm=lambda: optimizing.norm if optimizing else None,
         alone=nullcontext,
-        named_parameters=model.named_parameters,
+        named_parameters=partial(named_parameters, model),
         shards=lambda: _shards(model, optimizer) if env.rank == 0 else iter(()),
         restore=lambda reader: _restore(model, optimizer, reader),
         bytes_per_rank=lambda: _bytes(model, optimizer),
@@ -147,15 +147,15 @@ def _bytes(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
 
 
 def _shards(model: nn.Module, optimizer: Any | None) -> Iterator[Shard]:
-    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
         yield Shard(f"model/{name}", tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
     if optimizer is not None:
-        yield from optimizer_shards(optimizer, model.named_parameters())
+        yield from optimizer_shards(optimizer, named_parameters(model))
 
 
 @torch.no_grad()
 def _restore(model: nn.Module, optimizer: Any | None, reader: ShardReader) -> None:
-    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+    for name, tensor in (*named_parameters(model), *persistent_buffers(model)):
         reader.fill(f"model/{name}", tensor, (0,) * tensor.dim())
     if optimizer is not None:
-        restore_optimizer(optimizer, model.named_parameters(), reader)
+        restore_optimizer(optimizer, named_parameters(model), reader)

@@ -29,7 +29,9 @@ def average_of_ones(group: dist.ProcessGroup, device: torch.device) -> float:
     """
     average = torch.empty(1, device=device)
     ones = torch.ones(group.size(), device=device)
-    dist.reduce_scatter_tensor(average, ones, op=dist.ReduceOp.AVG, group=group)
+    # The older name, the only one up to torch 2.12, warns on 2.13.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    reduce_scatter(average, ones, op=dist.ReduceOp.AVG, group=group)
     return float(average)
 
 

@@ -36,26 +36,30 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
         lacks["precision.autocast"] = CASTS["param_dtype"]
         requires.append(_computes_in(options.param_dtype))
         forbids.append(_NO_BATCHNORM)
+        if options.param_dtype == "bf16":
+            forbids.append(_NOT_FP16)
     elif settings.precision == "bf16-true":
         lacks["precision.autocast"] = CASTS["bf16-true"]
     else:
         provides.append("precision.autocast")
     if options.cpu_offload:
         requires.append(_CUDA)
+    keeps_copies = settings.precision in {"bf16", "16"} and options.param_dtype is None
     return Claims(
         provides=provides,
         lacks=lacks,
         requires=tuple(requires),
         forbids=tuple(forbids),
-        settles=_SETTLES,
+        settles=(*_SETTLES, _COPIES) if keeps_copies else _SETTLES,
     )
 
 
 def _computes_in(dtype: str) -> Rel:
+    precision = {"bf16": "bf16", "fp16": "16"}[dtype]
     return Rel(
-        "precision.reduced",
+        "precision.fp16" if dtype == "fp16" else "precision.reduced",
         f"parameters that are gathered in {dtype} are computed with in {dtype}",
-        "say so with precision='bf16', or leave param_dtype out",
+        f"say so with precision={precision!r}, or leave param_dtype out",
     )
 
 
@@ -64,10 +68,19 @@ _NO_BATCHNORM = Rel(
     "BatchNorm's statistics stay fp32 while its weights are gathered in another dtype",
     "leave param_dtype out: precision='bf16' computes in bf16 over fp32 weights",
 )
+_NOT_FP16 = Rel(
+    "precision.fp16",
+    "parameters that are gathered in bf16 are computed with in bf16",
+    "say so with precision='bf16', or gather in fp16: param_dtype='fp16'",
+)
 _CUDA = Rel(
     "device.cuda",
     "cpu_offload moves shards to host memory and back, and on the CPU they are there already",
     "leave cpu_offload out",
+)
+_COPIES = (
+    "each process keeps a 16-bit copy of every weight from forward to backward",
+    "autocast makes it; param_dtype gathers in 16 bits instead, and frees it with the unit",
 )
 _SETTLES = (
     (

@@ -13,10 +13,10 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from torchweld.errors import InvalidArgument
 from torchweld.spelling import did_you_mean, listing
+from torchweld_fsdp.options import Wrap
 
 Predicate = Callable[[str, nn.Module], bool]
 Entry = Union[str, type[nn.Module], nn.Module]
-Wrap = Union[None, int, Entry, Sequence[Entry], Predicate, Any]  # Any: a policy of torch's
 
 SMALLEST_SHARE = 0.005  # gathering less than this one by one costs more than keeping it in the root
 # fully_shard of torch 2.7 refuses these and their subclasses, with a forward of their own or not;

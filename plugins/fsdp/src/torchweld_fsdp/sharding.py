@@ -5,8 +5,8 @@ Source: Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Da
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,14 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env
 from torchweld.model.names import canonical
 from torchweld.model.parameters import check_materialised
-from torchweld.spelling import did_you_mean
 from torchweld_fsdp.averaging import check_replicas_average, repair_averages
-from torchweld_fsdp.options import FsdpOptions
+from torchweld_fsdp.checking import (
+    check_model,
+    check_parameters,
+    check_reshard,
+    find_ignored,
+)
+from torchweld_fsdp.options import FsdpOptions, as_names
 from torchweld_fsdp.placing import Placer, ValueOf
 from torchweld_fsdp.units import Units, choose_units
 
@@ -45,12 +50,19 @@ class Sharded:
         mesh: of shape ``(shard,)``, or ``(replicate, shard)``.
         ignored: ids of the parameters that every rank keeps whole.
         notes: what was chosen and repaired.
+        made_for: options and precision, which a later run must share to use it again.
     """
 
     model: nn.Module
     mesh: DeviceMesh
     ignored: frozenset[int]
     notes: tuple[str, ...]
+    made_for: tuple[FsdpOptions, str]
+
+    def serves(self, env: Env, options: FsdpOptions, precision: str) -> bool:
+        """Whether a run with these may go on with the shards of an earlier one."""
+        same_group = self.mesh.ndim > 1 or self.mesh.get_group() is env.group
+        return same_group and self.made_for == (options, precision)
 
     def modules(self) -> Iterator[FSDPModule]:
         """Every sharded module, the root among them."""
@@ -110,35 +122,46 @@ def shard_model(
         InvalidArgument: something that FSDP2 cannot do, or an option that fits nothing.
         RunError: the back end cannot.
     """
-    check_model(model, env, options.forward_methods)
-    ignored = find_ignored(model, options.ignored)
+    earlier = getattr(model, _MARK, None)
+    if isinstance(earlier, Sharded) and earlier.serves(env, options, settings.precision):
+        return replace(earlier, notes=("fsdp: the model is in the shards of an earlier run",))
+    check_model(model, env, as_names(options.forward_methods))
+    ignored = find_ignored(model, as_names(options.ignored))
     check_parameters(model, ignored.values())
     mesh = make_mesh(env, options.replicate)
     check_reshard(options.reshard_after_forward, mesh["shard"].size())
     units = choose_units(model, options.wrap)
-    found = f"units: {units}"  # FSDP2 gives their classes other names
+    chosen = [f"units: {units}", *units.warnings]  # FSDP2 gives the classes other names
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else None
     placer = Placer(model, env, dtype=dtype, value_of=value_of)
-    tied = _shared_names(model)
     _shard_bottom_up(model, units, placer, mesh, options, ignored)
-    check_materialised(model)
-    _check_tied(model, tied)
-    for method in options.forward_methods:
-        register_fsdp_forward_method(model, method)
-    # Trainable tensors may have been replaced, so the ignored ones are looked up again.
-    kept = {id(p) for n, p in model.named_parameters() if canonical(n) in ignored}
-    sharded = Sharded(model, mesh, frozenset(kept), ())
-    _settle_shards(sharded)
-    reduce_dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    repairs = repair_averages(
-        sharded.modules(), mesh["shard"].get_group(), env.device, reduce_dtype
-    )
-    return Sharded(
-        model,
-        mesh,
-        frozenset(kept),
-        (*_describe([found, *units.warnings], mesh, placer, ignored), *repairs),
-    )
+    notes = _describe(chosen, mesh, placer, ignored)
+    # Tensors may have been replaced, so the ignored ones are looked up again.
+    kept = frozenset(id(p) for n, p in model.named_parameters() if canonical(n) in ignored)
+    made_for = options, settings.precision
+    sharded = Sharded(model, mesh, kept, tuple(notes), made_for)
+    repairs = _settle(sharded, env.device, options)
+    sharded = replace(sharded, notes=(*notes, *repairs))
+    setattr(model, _MARK, sharded)
+    return sharded
+
+
+_MARK = "_torchweld_fsdp_sharded"
+"""Where a model that is evaluated and then trained says that its shards are there already."""
+
+
+def _settle(sharded: Sharded, device: torch.device, options: FsdpOptions) -> list[str]:
+    """Pad uneven shards for good, and repair what the back end does to averages."""
+    for module in sharded.modules():
+        # torch 2.7 makes every uneven shard anew in the first forward; an optimizer over the old
+        # ones would train nothing, silently.
+        module.unshard()
+        module.reshard()
+    dtypes = [p.dtype for p in sharded.model.parameters() if isinstance(p, DTensor)]
+    reduced = torch.float32 if options.param_dtype is not None or not dtypes else dtypes[0]
+    group = sharded.mesh["shard"].get_group()
+    repairs = repair_averages(sharded.modules(), group, device, reduced)
+    return [f"fsdp: {repair}" for repair in repairs]
 
 
 def _shard_bottom_up(
@@ -152,12 +175,17 @@ def _shard_bottom_up(
     shard = partial(fully_shard, mesh=mesh, **_policies(options))
     # A root that reshards after forward would only gather again at once, so that is left to torch.
     after = {"reshard_after_forward": options.reshard_after_forward}
+    tied = _shared_names(model)
     for _, module in units.units:
-        placer.settle(module.parameters())
+        placer.settle(p for p in module.parameters() if not isinstance(p, DTensor))
         shard(module, **after, **_ignoring(model, ignored))
     placer.settle(p for p in model.parameters() if not isinstance(p, DTensor))
     placer.settle(model.buffers())
     shard(model, **_ignoring(model, ignored))
+    check_materialised(model)
+    _check_tied(model, tied)
+    for method in as_names(options.forward_methods):
+        register_fsdp_forward_method(model, method)
 
 
 def _policies(options: FsdpOptions) -> dict[str, Any]:
@@ -176,115 +204,6 @@ def _ignoring(model: nn.Module, ignored: Mapping[str, nn.Parameter]) -> dict[str
     if not ignored:
         return {}  # fully_shard of torch 2.6 has no such argument
     return {"ignored_params": {p for n, p in model.named_parameters() if canonical(n) in ignored}}
-
-
-def _settle_shards(sharded: Sharded) -> None:
-    """Let FSDP2 pad uneven shards now, so that what is bound to them from here on stays theirs.
-
-    torch 2.7 makes every uneven shard anew in the first forward; an optimizer over the old ones
-    would train nothing, silently.
-    """
-    for module in sharded.modules():
-        module.unshard()
-        module.reshard()
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def check_model(model: nn.Module, env: Env, methods: Sequence[str]) -> None:
-    """Refuse layers that cannot be sharded or cannot run here, and methods that are not there.
-
-    Raises:
-        InvalidArgument: names the layer or the method.
-    """
-    for method in methods:
-        if not callable(getattr(model, method, None)):
-            raise InvalidArgument(
-                f"fsdp: forward_methods names {method!r}, and {type(model).__name__} has no such "
-                "method"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            raise InvalidArgument(
-                f"fsdp: {name or 'the model'!r} is sharded already: give the model as it is, and "
-                "name the units with wrap=…"
-            )
-        if isinstance(module, nn.SyncBatchNorm) and env.device.type == "cpu":
-            raise InvalidArgument(
-                f"{name!r} is a SyncBatchNorm, which needs GPUs, and this run is on the CPU: use "
-                "GroupNorm, or BatchNorm, which takes the statistics of each process's batch"
-            )
-
-
-def find_ignored(model: nn.Module, asked: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters whose names are, or end with, one of those ``asked`` for.
-
-    Raises:
-        InvalidArgument: one of them fits nothing.
-    """
-    named = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    found: dict[str, nn.Parameter] = {}
-    for ending in asked:
-        fits = {name: p for name, p in named.items() if is_ignored(name, (ending,))}
-        if not fits:
-            raise InvalidArgument(
-                f"fsdp: ignored names {ending!r}, and no parameter is called so or ends with it"
-                f"{_meant(ending, named)}"
-            )
-        found.update(fits)
-    return found
-
-
-def is_ignored(name: str, asked: Sequence[str]) -> bool:
-    """Whether ``name`` is, or ends with, one of those ``asked`` for."""
-    return any(name == ending or name.endswith(f".{ending}") for ending in asked)
-
-
-def _meant(name: str, names: Iterable[str]) -> str:
-    meant = did_you_mean(name, names)
-    return f"; {meant}" if meant else ""
-
-
-def check_parameters(model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-    """Refuse parameters that FSDP2 cannot cut.
-
-    Raises:
-        InvalidArgument: scalars, lazy ones, or several dtypes; names them.
-    """
-    whole = {id(parameter) for parameter in ignored}
-    dtypes: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
-        if torch.nn.parameter.is_lazy(parameter):
-            check_materialised(model)
-        if id(parameter) in whole:
-            continue
-        if not parameter.dim():
-            raise InvalidArgument(
-                f"fsdp: {canonical(name)!r} is a scalar, which cannot be cut into rows: give it "
-                f"the shape (1,), or keep it whole on every process: ignored=({canonical(name)!r},)"
-            )
-        dtypes.setdefault(parameter.dtype, canonical(name))
-    if len(dtypes) > 1:
-        (one, first), (other, second), *_ = dtypes.items()
-        raise InvalidArgument(
-            f"fsdp: {first!r} is {one} and {second!r} is {other}: parameters are gathered "
-            f"together, so give them one dtype, or keep some whole: ignored=({second!r},)"
-        )
-
-
-def check_reshard(reshard: bool | int, size: int) -> None:
-    """Refuse a number of ranks that does not divide those of a shard group.
-
-    Raises:
-        InvalidArgument: says which numbers do.
-    """
-    if isinstance(reshard, bool) or (reshard >= 1 and size % reshard == 0):
-        return
-    raise InvalidArgument(
-        f"fsdp: reshard_after_forward={reshard} does not divide the {size} processes that share a "
-        "model: give True, False or a divisor"
-    )
 
 
 def _shared_names(model: nn.Module) -> list[tuple[str, ...]]:

@@ -84,17 +84,34 @@ def steps_locally(optimizer: Optimizer, request: SetupRequest) -> bool:
     return type(optimizer) in ELEMENTWISE and not request.optimizer_wrappers
 
 
+WHOLE = {
+    "LBFGS": "lays all parameters end to end",
+    "Adafactor": "keeps rows and columns of each weight's squares, which are not cut as the weight",
+    "Muon": "multiplies whole matrices, and is off by 1e-3 in a step over shards",
+}
+"""Optimizers of torch that need more of a parameter than a shard, and why."""
+
+
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimizer that flattens parameters.
+    """Refuse an optimizer that needs whole parameters.
 
     Raises:
-        InvalidArgument: it is LBFGS.
+        InvalidArgument: it is one of :data:`WHOLE`.
     """
-    if isinstance(optimizer, optim.LBFGS):
-        raise InvalidArgument(
-            "LBFGS lays all parameters end to end, which shards of several processes cannot: use "
-            "strategy 'ddp', or another optimizer"
-        )
+    for name, why in WHOLE.items():
+        if isinstance(optimizer, getattr(optim, name, ())):
+            raise InvalidArgument(
+                f"{name} {why}, so shards are not enough: use strategy 'ddp', or another optimizer"
+            )
+
+
+def describe_step(optimizer: Any, *, local: bool) -> list[str]:
+    """Say what an optimizer that is not of torch sees, where it may take a part for the whole."""
+    if local or type(optimizer) in ELEMENTWISE:
+        return []
+    name = type(optimizer).__name__
+    seen = "what it reads with float() or .item() is that of this process alone"
+    return [f"fsdp: {name} is stepped over DTensors: norms are those of the whole weight; {seen}"]
 
 
 def hold(optimizer: Optimizer, pieces: Sequence[Piece]) -> None:
@@ -115,7 +132,9 @@ def hold(optimizer: Optimizer, pieces: Sequence[Piece]) -> None:
 
 def step_together(optimizer: Optimizer) -> None:
     """Let an optimizer over DTensors take them all in one operation, where torch offers that."""
-    for group in getattr(optimizer, "param_groups", ()):
+    if type(optimizer) not in ELEMENTWISE and not isinstance(optimizer, ELEMENTWISE):
+        return
+    for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
             group["foreach"] = True
 
@@ -142,7 +161,16 @@ class ShardedGradients:
         self._group = group
 
     def collect(self) -> None:
-        """Give the optimizer's tensors their gradients; the names of attributes cost no call."""
+        """Give the optimizer's tensors their gradients; the names of attributes cost no call.
+
+        Raises:
+            RunError: there are none, so the step would do nothing.
+        """
+        missing = len(self._parameters)
+        for parameter in self._parameters:
+            missing -= parameter.grad is not None
+        if missing == len(self._parameters):
+            raise RunError(_NO_GRADIENT)
         for parameter, held in self._pairs:
             gradient: Any = parameter.grad
             held.grad = None if gradient is None else gradient._local_tensor
@@ -196,6 +224,13 @@ class ShardedGradients:
         return [p.grad for p in self._whole if p.grad is not None]
 
 
+_NO_GRADIENT = (
+    "backward reached no parameter, so the step would change nothing: FSDP2 looks for tensors in "
+    "the model's outputs and does not see those in objects of a class of its own, nor one that is "
+    "changed in place; return tensors, tuples or mappings, and change copies"
+)
+
+
 def check_bound(pieces: Sequence[Piece]) -> None:
     """Check that the optimizer still holds the memory of the model's shards.
 
@@ -216,20 +251,34 @@ def average_whole(
 ) -> Callable[[], None]:
     """Return what averages the gradients of parameters that every rank keeps whole.
 
-    FSDP2 leaves the gradients of ignored parameters to each rank, and the ranks drift apart.
+    FSDP2 leaves the gradients of ignored parameters to each rank, and the ranks drift apart. What
+    is frozen, or has no gradient on any rank, keeps none: momentum and decay would move it.
     """
     size = group.size()
 
     def average() -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=group)
-        flat /= size
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        trained = [p for p in parameters if p.requires_grad]
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in trained:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for alike in by_dtype.values():
+            _average(alike, group, size)
 
     return average
+
+
+def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, size: int) -> None:
+    """Average gradients of one dtype in one ``all_reduce``; how many ranks have one goes along."""
+    there = [parameter.grad is not None for parameter in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    counts = torch.tensor(there, dtype=gradients[0].dtype, device=gradients[0].device)
+    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), counts])
+    dist.all_reduce(flat, group=group)
+    pieces = flat.split([*(gradient.numel() for gradient in gradients), len(counts)])
+    # Only a rank that lacks a gradient has to know whether the others do.
+    anywhere = there if all(there) else pieces[-1].bool().tolist()
+    for parameter, piece, exists in zip(parameters, pieces, anywhere, strict=False):
+        parameter.grad = piece.div_(size).view_as(parameter) if exists else None
 
 
 def bytes_held(pieces: Iterable[Piece], state: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:

@@ -19,12 +19,14 @@ from torch.distributed.tensor import DTensor
 from torchweld.components import Settings
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
+from torchweld.model.names import canonical, named_parameters
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizing import OptimizerStep, make_optimizer
 from torchweld.strategies.replicated import WindowScale, no_step, set_mode
+from torchweld_fsdp.checking import is_ignored
 from torchweld_fsdp.deferred import Deferred, defer
-from torchweld_fsdp.options import FsdpOptions, Wrap
-from torchweld_fsdp.sharding import Sharded, is_ignored, shard_model
+from torchweld_fsdp.options import FsdpOptions, Wrap, as_names
+from torchweld_fsdp.sharding import Sharded, shard_model
 from torchweld_fsdp.state import ShardedState
 from torchweld_fsdp.stepping import (
     Piece,
@@ -33,6 +35,7 @@ from torchweld_fsdp.stepping import (
     bytes_held,
     check_bound,
     check_optimizer,
+    describe_step,
     hold,
     make_pieces,
     names_held,
@@ -56,8 +59,8 @@ class FsdpStrategy:
         param_dtype: Literal["bf16", "fp16"] | None,
         reduce_every_micro_batch: bool,
         cpu_offload: bool,
-        ignored: tuple[str, ...],
-        forward_methods: tuple[str, ...],
+        ignored: str | tuple[str, ...],
+        forward_methods: str | tuple[str, ...],
         deferred_init: bool,
     ) -> None:
         self.options = FsdpOptions(
@@ -67,8 +70,8 @@ class FsdpStrategy:
             param_dtype=param_dtype,
             reduce_every_micro_batch=reduce_every_micro_batch,
             cpu_offload=cpu_offload,
-            ignored=ignored,
-            forward_methods=forward_methods,
+            ignored=as_names(ignored),
+            forward_methods=as_names(forward_methods),
             deferred_init=deferred_init,
         )
         self._deferred: list[Deferred] = []
@@ -91,26 +94,36 @@ class FsdpStrategy:
 
     def setup(self, model: nn.Module, request: SetupRequest) -> Prepared:
         """Shard the model, then make the optimizer over its shards."""
-        self._check_known(model)
-        sharded = shard_model(
-            model, request.env, request.settings, self.options, value_of=self._value_of
-        )
+        sources = self._sources(model)
+
+        def value_of(tensor: Tensor) -> Tensor:
+            return next(s for s in sources if s.knows(tensor)).materialise(tensor)
+
+        sharded = shard_model(model, request.env, request.settings, self.options, value_of=value_of)
+        # A source keeps the tensors that its constructor was given, and has done its work.
+        self._deferred = [deferred for deferred in self._deferred if deferred not in sources]
         notes = [*self._notes, *sharded.notes]
         self._notes.clear()
-        return _Preparing(sharded, request, self.options).prepared(notes)
+        return _Preparation(sharded, request, self.options).prepared(notes)
 
-    def _check_known(self, model: nn.Module) -> None:
-        """Refuse, on every rank alike, weights that ``construct`` did not leave out."""
+    def _sources(self, model: nn.Module) -> list[Deferred]:
+        """Return what knows the values of ``model``; the same, or an error, on every rank.
+
+        Raises:
+            InvalidArgument: a tensor that ``construct`` did not leave out has no values.
+        """
+        found: list[Deferred] = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_meta and not any(deferred.knows(tensor) for deferred in self._deferred):
+            if not tensor.is_meta:
+                continue
+            knowing = [deferred for deferred in self._deferred if deferred.knows(tensor)]
+            if not knowing:
                 raise InvalidArgument(
                     f"fsdp: {name!r} was computed from weights that have no values yet (a surgery "
                     "does that): build the whole model first, with deferred_init=False"
                 )
-
-    def _value_of(self, tensor: Tensor) -> Tensor:
-        known = next(deferred for deferred in self._deferred if deferred.knows(tensor))
-        return known.materialise(tensor)
+            found += [deferred for deferred in knowing if deferred not in found]
+        return found
 
     def estimate(
         self,
@@ -123,7 +136,7 @@ class FsdpStrategy:
         size = max(world_size // self.options.replicate, 1)
         bytes_of = {
             name: _padded_bytes(
-                one, 1 if is_ignored(name, self.options.ignored) else size, settings
+                one, 1 if is_ignored(name, as_names(self.options.ignored)) else size, settings
             )
             for name, one in shapes.items()
         }
@@ -144,13 +157,16 @@ def _padded_bytes(one: ParameterShape, size: int, settings: Settings) -> int:
     return (-(-shape[0] // size) * math.prod(shape[1:]) if shape else 1) * dtype.itemsize
 
 
-class _Preparing:
+class _Preparation:
     """Binds what a run needs of one sharded model."""
 
     def __init__(self, sharded: Sharded, request: SetupRequest, options: FsdpOptions) -> None:
         self.sharded, self.request, self.options = sharded, request, options
         self.model, self.env = sharded.model, request.env
+        self.notes: list[str] = []
         sharded.reshard()
+        root: Any = self.model
+        root.set_requires_gradient_sync(True)  # an earlier run may have ended inside a window
         self.optimizer, self.pieces = self._make_optimizer()
         self.scale = WindowScale(self._tell_window)
         self.last = True
@@ -167,6 +183,7 @@ class _Preparing:
             hold(optimizer, pieces)
         else:
             step_together(optimizer)
+        self.notes = describe_step(optimizer, local=local)
         return optimizer, pieces
 
     def prepared(self, notes: list[str]) -> Prepared:
@@ -191,7 +208,7 @@ class _Preparing:
             restore=lambda reader: self._checked(state).restore(optimizer, reader),
             bytes_per_rank=lambda: bytes_held(self.pieces, optimizer.state if optimizer else {}),
             optimizer_names=names_held(optimizer, self.pieces) if optimizer else None,
-            notes=notes,
+            notes=[*notes, *self.notes],
         )
 
     def _optimizing(self) -> OptimizerStep | None:
@@ -217,10 +234,10 @@ class _Preparing:
     def _backward(self, scaler: Any | None) -> Callable[[Tensor], None]:
         backward = self.scale.backward(self.request.settings, scaler)
         whole = [p.parameter for p in self.pieces if not isinstance(p.parameter, DTensor)]
-        trained = [parameter for parameter in whole if parameter.requires_grad]
-        if not trained or self.env.group is None:
+        if not whole or self.env.world_size == 1:
             return backward
-        average = average_whole(trained, self.env.group)
+        assert self.env.group is not None
+        average = average_whole(whole, self.env.group)
 
         def backward_and_average(loss: Tensor) -> None:
             backward(loss)
@@ -238,7 +255,7 @@ class _Preparing:
 
     def _named_parameters(self) -> Iterable[tuple[str, Any]]:
         self.sharded.reshard()
-        return self.model.named_parameters()
+        return named_parameters(self.model)
 
     def _checked(self, state: ShardedState) -> ShardedState:
         self.sharded.reshard()
@@ -248,7 +265,7 @@ class _Preparing:
 
 def _rebound(request: SetupRequest, model: nn.Module) -> SetupRequest:
     """The request with the groups over today's parameters: FSDP2 replaced the objects."""
-    named = dict(model.named_parameters())
+    named = {canonical(name): parameter for name, parameter in model.named_parameters()}
     groups = [
         {**group, "params": [named[name] for name in group["names"]]} for group in request.groups
     ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from torchweld.spelling import listing
-from torchweld_fsdp.picking import CONTAINERS, Wrap, nameable_classes, numel, pick_modules
+from torchweld_fsdp.options import Wrap
+from torchweld_fsdp.picking import CONTAINERS, nameable_classes, numel, pick_modules
 
 Named = tuple[str, nn.Module]
 
@@ -41,7 +42,8 @@ class Units:
             return "root only"
         counts = Counter(type(module).__name__ for _, module in self.units)
         classes = " + ".join(f"{count} {name}" for name, count in counts.items())
-        return f"{classes} ({self.share:.0%} of the parameters, largest {self.largest:.0%})"
+        text = f"{classes} ({self.share:.0%} of the parameters, largest {self.largest:.0%})"
+        return text.replace("%", " %")
 
 
 def find_units(model: nn.Module) -> list[Named]:
