@@ -69,6 +69,7 @@ NEWEST_TORCH = "torch==2.13.0"
 TORCH_WITH_COMPOSER = ["torch==2.7.0", "torchvision==0.22.0"]
 LIBRARIES = {
     "composer": ["mosaicml==0.32.1"],
+    "deepspeed": ["deepspeed==0.19.8"],
     "ffcv": ["ffcv==1.0.2", "numba", "setuptools"],
     "fsdp": ["fairscale==0.4.13"],
 }

@@ -1,0 +1,406 @@
+"""What a step under ``deepspeed`` costs beside DeepSpeed's own engine, driven by hand.
+
+Every contestant trains the same GPT on the same tokens in processes of its own, because a ZeRO-3
+engine is never freed. The dataset is the clock: time and Python calls are counted between two of
+its fetches, after a warm-up. On CPUs the Python calls are what to look at; where CUDA is found the
+same command measures throughput and the memory held on the device.
+
+    python benchmarks/zero.py [--stages 1 2 3] [--processes 2] [--steps 60] [--rounds 3]
+    python benchmarks/zero.py --width 1024 --depth 12 --batch-size 8 --precision bf16   # on GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+CONTEXT, VOCABULARY, HEADS = 64, 256, 4
+WARMUP = 10  # steps before the clock starts
+CLIP = 1.0
+ADAMW = partial(AdamW, lr=1e-3)
+SECONDS = 1800.0
+PACKAGES = ["torchweld", "torchweld-deepspeed", "deepspeed", "torch", "lightning"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, by every contestant alike.
+
+    Attributes:
+        stage: of ZeRO.
+        steps: that are measured.
+        counts: whether Python calls are counted instead of time.
+    """
+
+    stage: int
+    steps: int
+    counts: bool
+    width: int
+    depth: int
+    batch_size: int
+    precision: str
+
+
+@dataclass
+class Measured:
+    """What the steps of one process took.
+
+    Attributes:
+        calls: Python calls a step.
+        seconds: a step.
+        samples_per_second: of all processes.
+        peak_bytes: on the device; 0 without CUDA.
+    """
+
+    calls: float = 0.0
+    seconds: float = 0.0
+    samples_per_second: float = 0.0
+    peak_bytes: int = 0
+
+
+# ---- the model and its clock ---------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward part, each behind a LayerNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(batch, context, width)`` to the same shape."""
+        batch, context, width = hidden.shape
+        parts = self.qkv(self.ln1(hidden)).chunk(3, dim=-1)
+        heads = (batch, context, HEADS, width // HEADS)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.proj(mixed.transpose(1, 2).reshape(batch, context, width))
+        return hidden + cast("Tensor", self.down(F.gelu(self.up(self.ln2(hidden)))))
+
+
+class Gpt(nn.Module):
+    """Tokens ``(batch, context)`` to logits ``(batch, vocabulary, context)``."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
+        self.h = nn.ModuleList(Block(width) for _ in range(depth))
+        self.ln = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One prediction a token."""
+        hidden = self.wte(tokens) + self.wpe.weight
+        for block in self.h:
+            hidden = block(hidden)
+        return cast("Tensor", self.head(self.ln(hidden))).transpose(1, 2)
+
+
+class Tokens(Dataset[tuple[Tensor, Tensor]]):
+    """Random tokens, a batch at a time; the clock runs from one fetch to another."""
+
+    def __init__(self, setup: Setup, world_size: int) -> None:
+        self.setup, self.world_size, self.measured = setup, world_size, Measured()
+        self.fetches = self.calls = 0
+        size = (WARMUP + setup.steps + 2) * setup.batch_size * world_size
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(VOCABULARY, (size, CONTEXT + 1), generator=generator)
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One window, for whoever looks at the first."""
+        return self.tokens[index, :-1], self.tokens[index, 1:]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch."""
+        self.fetches += 1
+        if self.fetches == WARMUP:
+            self._start()
+        elif self.fetches == WARMUP + self.setup.steps:
+            self._stop()
+        batch = self.tokens[indices]
+        return batch[:, :-1], batch[:, 1:]
+
+    def _start(self) -> None:
+        _wait_for_device()
+        self.measured.seconds = -time.perf_counter()
+        if self.setup.counts:
+            sys.setprofile(self._count)
+
+    def _stop(self) -> None:
+        sys.setprofile(None)
+        _wait_for_device()
+        seconds = (self.measured.seconds + time.perf_counter()) / self.setup.steps
+        samples = self.setup.batch_size * self.world_size / seconds
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        self.measured = Measured(self.calls / self.setup.steps, seconds, samples, peak)
+
+    def _count(self, _frame: FrameType, event: str, _argument: object) -> None:
+        self.calls += event == "call"
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: ``Tokens`` gives whole batches."""
+    return batch
+
+
+def make_model(setup: Setup) -> Gpt:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return Gpt(setup.width, setup.depth)
+
+
+# ---- contestants ---------------------------------------------------------------------------------
+
+
+def engine_by_hand(setup: Setup, data: Tokens, config: dict[str, Any]) -> None:
+    """DeepSpeed's engine as its own documentation drives it, told the same as ours is."""
+    from torchweld_deepspeed.imports import deepspeed_module
+
+    device = _device()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model = make_model(setup).to(device)
+    optimizer = ADAMW(model.parameters())
+    engine, *_ = deepspeed_module().initialize(model=model, optimizer=optimizer, config=config)
+    if setup.precision == "bf16-true":
+        engine.bfloat16()
+    for tokens, targets in _sharded(data, setup):
+        loss = F.cross_entropy(engine(tokens.to(device)).float(), targets.to(device))
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+    dist.destroy_process_group()
+
+
+def _sharded(data: Tokens, setup: Setup) -> Iterator[tuple[Tensor, Tensor]]:
+    sampler: DistributedSampler[Any] = DistributedSampler(data)
+    loader = DataLoader(data, setup.batch_size, sampler=sampler, collate_fn=as_is)
+    return iter(loader)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _trainer(setup: Setup, folder: Path, *, barebones: bool) -> Any:
+    from torchweld import Trainer, use
+
+    return Trainer(
+        strategy=use("deepspeed", stage=setup.stage),
+        precision=setup.precision,
+        gradient_clip_val=CLIP,
+        max_epochs=1,
+        barebones=barebones,
+        default_root_dir=folder,
+    )
+
+
+def torchweld_fit(setup: Setup, data: Tokens, _config: dict[str, Any], *, barebones: bool) -> None:
+    """``Trainer.fit``."""
+    loader = DataLoader(data, setup.batch_size, shuffle=True, collate_fn=as_is)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(setup, Path(folder), barebones=barebones)
+        trainer.fit(make_model(setup), loader, loss=F.cross_entropy, optimizer=ADAMW)
+
+
+def torchweld_own_loop(setup: Setup, data: Tokens, _config: dict[str, Any]) -> None:
+    """``Trainer.prepare``."""
+    loader = DataLoader(data, setup.batch_size, shuffle=True, collate_fn=as_is)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(setup, Path(folder), barebones=True)
+        given: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": ADAMW}
+        with trainer.prepare(make_model(setup), loader, **given) as run:
+            for tokens, targets in run.batches():
+                run.backward(run.loss(run.model(tokens), targets))
+                run.step()
+
+
+def lightning(setup: Setup, data: Tokens, config: dict[str, Any]) -> None:
+    """Lightning's Trainer over its own DeepSpeedStrategy, with everything else off."""
+    import lightning as pl
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model(setup)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0]).float(), batch[1])
+
+        def configure_optimizers(self) -> AdamW:
+            return ADAMW(self.parameters())
+
+    told = {k: v for k, v in config.items() if k != "managed_gradient_accumulation"}
+    trainer = pl.Trainer(
+        accelerator="cuda",  # its strategy refuses everything else
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=DeepSpeedStrategy(config=told),
+        max_epochs=1,
+        barebones=True,
+    )
+    loader = DataLoader(data, setup.batch_size, shuffle=True, collate_fn=as_is)
+    trainer.fit(Module(), loader)
+
+
+CONTESTANTS: dict[str, Callable[[Setup, Tokens, dict[str, Any]], None]] = {
+    "DeepSpeed's engine, by hand": engine_by_hand,
+    "torchweld fit, extras on (the default)": partial(torchweld_fit, barebones=False),
+    "torchweld fit, barebones": partial(torchweld_fit, barebones=True),
+    "torchweld own loop": torchweld_own_loop,
+    "Lightning, barebones": lightning,
+}
+
+
+# ---- one process ---------------------------------------------------------------------------------
+
+
+def engine_config(setup: Setup) -> dict[str, Any]:
+    """What our strategy tells the engine, so that both are told the same."""
+    from torchweld.components import Settings
+    from torchweld.interfaces import Env
+    from torchweld_deepspeed.config import fit_buckets, make_config
+    from torchweld_deepspeed.options import DeepSpeedOptions
+
+    settings = Settings(precision=cast("Any", setup.precision), gradient_clip_val=CLIP)
+    options = DeepSpeedOptions(stage=cast("Any", setup.stage))
+    config = make_config(options, settings, Env(0, 1, 0, _device()))
+    fit_buckets(config, sum(parameter.numel() for parameter in make_model(setup).parameters()))
+    return config
+
+
+def measure(name: str, setup: Setup, result: Path) -> None:
+    """Run one contestant in this process; rank 0 writes what it measured."""
+    torch.set_num_threads(1)
+    data = Tokens(setup, int(os.environ["WORLD_SIZE"]))
+    CONTESTANTS[name](setup, data, engine_config(setup))
+    if os.environ["RANK"] == "0":
+        result.write_text(json.dumps(asdict(data.measured)), encoding="utf-8")
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+def launch(name: str, setup: Setup, processes: int) -> Measured | None:
+    """Run one contestant in processes of its own; None, and the reason shown, where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        job = json.dumps({"name": name, "setup": asdict(setup), "result": str(result)})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes), __file__, "--job", job]
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        if done.returncode == 0 and result.exists():
+            return Measured(**json.loads(result.read_text(encoding="utf-8")))
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        print(f"left out: {name} ({(lines or ['no result'])[0].strip()})", file=sys.stderr)
+        return None
+
+
+def compare(setup: Setup, processes: int, rounds: int, names: Sequence[str]) -> list[str]:
+    """Rows of the table for one stage: calls from one run, times from interleaved rounds."""
+    counting = Setup(**{**asdict(setup), "counts": True})
+    calls = {name: launch(name, counting, processes) for name in names}
+    works = [name for name in names if calls[name] is not None]
+    times: dict[str, list[Measured]] = {name: [] for name in works}
+    for number in range(rounds):
+        at = number % max(len(works), 1)
+        for name in works[at:] + works[:at]:
+            measured = launch(name, setup, processes)
+            times[name] += [measured] if measured else []
+    bare = next(iter(calls.values()))
+    return [_row(setup, name, calls[name], bare, times[name]) for name in works if times[name]]
+
+
+def _row(
+    setup: Setup, name: str, calls: Measured | None, bare: Measured | None, times: list[Measured]
+) -> str:
+    assert calls is not None
+    above = f"{calls.calls - bare.calls:+.1f}" if bare is not None else "-"
+    seconds = statistics.median(one.seconds for one in times)
+    best = min(one.seconds for one in times)
+    rate = max(one.samples_per_second for one in times)
+    peak = max(one.peak_bytes for one in times)
+    memory = f"{peak / 2**20:.0f}" if peak else "-"
+    return (
+        f"| {setup.stage} | {name} | {calls.calls:.1f} | {above} "
+        f"| {1e3 * seconds:.2f} ({1e3 * best:.2f}) | {rate:.0f} | {memory} |"
+    )
+
+
+def version_of(package: str) -> str:
+    """The package and its version, or that it is missing."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} is not installed"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="What a step under deepspeed costs.")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a process")
+    parser.add_argument("--precision", default="32")
+    parser.add_argument("--only", default="", help="contestants with this word in their name")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job is not None:
+        job = json.loads(options.job)
+        measure(job["name"], Setup(**job["setup"]), Path(job["result"]))
+        return
+    names = [name for name in CONTESTANTS if options.only in name or "by hand" in name]
+    print("| stage | loop | calls | above by hand | ms (fastest) | samples/s | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for stage in options.stages:
+        shape = (options.width, options.depth, options.batch_size, options.precision)
+        setup = Setup(stage, options.steps, False, *shape)
+        for row in compare(setup, options.processes, options.rounds, names):
+            print(row, flush=True)
+    print(f"\n{', '.join(map(version_of, PACKAGES))}; {options.processes} processes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The one place that imports deepspeed, and keeps what it does to a process away from the user.
+
+Measured for deepspeed 0.19.8 with torch 2.7.0 and 2.13.0. On a CPU it compiles an operation for
+shared memory as soon as a process group is there (20 s, and a compiler has to be found), prints on
+every rank that it did, and warns that there is no GPU. It wants the place of this process in the
+environment, and leaves ``torch.nn.functional.linear`` replaced for every model of the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from torchweld.errors import PluginError, RunError
+
+if TYPE_CHECKING:
+    from torchweld.interfaces import Env
+
+_INSTALL = "pip install 'torchweld-deepspeed[deepspeed]'"
+_SHARED_MEMORY = "deepspeed_shm_comm"
+_DEPRECATED = ".*(all_gather_into_tensor|reduce_scatter_tensor).*"
+
+
+def deepspeed_module(name: str = "deepspeed", *, device: torch.device | None = None) -> ModuleType:
+    """Import and return deepspeed or one of its modules: ``deepspeed_module("deepspeed.zero")``.
+
+    Args:
+        name: of the module.
+        device: of this run; the first import decides for the whole process.
+
+    Raises:
+        PluginError: deepspeed is missing, or does not work with this torch.
+    """
+    try:
+        _import_root(device.type if device is not None else "")
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PluginError(
+            f"this strategy runs DeepSpeed's own engine, and importing {name} failed ({error}); "
+            f"{_INSTALL}"
+        ) from error
+
+
+@functools.cache
+def _import_root(device_type: str) -> None:
+    """Import deepspeed without its compiled operation; a second call changes nothing."""
+    if device_type == "cpu" or not torch.cuda.is_available():
+        # Left to itself it finds that there is no GPU, and warns on every rank.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("deepspeed")
+        # Gloo does what this operation would do, without a compiler.
+        importlib.import_module("deepspeed.ops").__compatible_ops__[_SHARED_MEMORY] = False
+
+
+@contextmanager
+def deepspeed_at_work(
+    env: Env, *, verbose: bool, keeps_patch: bool = False
+) -> Iterator[ModuleType]:
+    """Around DeepSpeed's set-up: what it needs of the process, and its traces removed; collective.
+
+    Args:
+        env: with a process group.
+        verbose: let it log what it does.
+        keeps_patch: leave ``torch.nn.functional.linear`` as DeepSpeed makes it.
+
+    Yields:
+        The module ``deepspeed``.
+
+    Raises:
+        RunError: DeepSpeed was imported for another device.
+    """
+    deepspeed = deepspeed_module(device=env.device)
+    _check_device(env.device)
+    _forget_old_groups()
+    _agree_on_numbers(env)
+    # For the run too: what it says of its own steps is for whoever asked for it.
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
+    _hide_deprecations()
+    linear = torch.nn.functional.linear
+    with _variable("LOCAL_RANK", str(env.local_rank)):  # asserted; one process is started without
+        try:
+            yield deepspeed
+        finally:
+            if not keeps_patch:
+                torch.nn.functional.linear = linear
+
+
+def _check_device(device: torch.device) -> None:
+    found = deepspeed_module("deepspeed.accelerator").get_accelerator().device_name()
+    if found != device.type:
+        raise RunError(
+            f"this run is on {device.type!r}, and DeepSpeed was imported for {found!r} (it decides "
+            f"once for a process): start Python with DS_ACCELERATOR={device.type}, or choose "
+            f"accelerator={found!r}"
+        )
+
+
+def _hide_deprecations() -> None:
+    """Do not show what torch announces about collectives that DeepSpeed calls in every step."""
+    warnings.filterwarnings("ignore", _DEPRECATED, FutureWarning)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable meanwhile, unless it is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _forget_old_groups() -> None:
+    """Drop what DeepSpeed keeps of a process group that was destroyed since."""
+    groups = deepspeed_module("deepspeed.utils.groups")
+    if groups._WORLD_GROUP is None:
+        return
+    if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
+        groups._release_process_group_references()
+
+
+def _agree_on_numbers(env: Env) -> None:
+    """Let all ranks go on counting from one number.
+
+    DeepSpeed numbers parameters and modules of stage 3 as each process meets them, and ends the run
+    when the numbers differ between ranks: as soon as one of them has had another model before.
+    """
+    parameters = deepspeed_module("deepspeed.runtime.zero.partition_parameters").Init
+    modules = deepspeed_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+    (count,) = modules._register_deepspeed_module.__defaults__
+    numbers = torch.tensor([parameters.param_id, count[0]], device=env.device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=env.group)
+    parameters.param_id, count[0] = numbers.tolist()

@@ -1,0 +1,84 @@
+"""A model that is cut into pieces while it is built."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import AdamW
+
+from tests.deepspeed.runs import SECONDS, decays_matrices
+from torchweld.components import Settings
+from torchweld.interfaces import SetupRequest
+from torchweld.model.parameters import make_groups
+from torchweld.processes.ranks import launch
+from torchweld.testing import models, run_ranks
+from torchweld.testing.states import assemble, keep
+from torchweld.testing.strategy_bench import Bench
+from torchweld_deepspeed import DEEPSPEED
+
+
+class Initialised(nn.Module):
+    """Draws weights in constructors and in ``apply``; an output layer tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = models.TinyGpt()
+        self.apply(self._draw)
+
+    def _draw(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.inner(tokens)  # type: ignore[no-any-return]  # a module
+
+
+def built(zero_init: bool) -> dict[str, Any]:
+    """Shapes that a rule of groups sees, and the pieces after set-up."""
+    ranks = launch("cpu")
+    options = {"stage": 3, "zero_init": zero_init, "persistence_threshold": 0}
+    strategy = Bench(DEEPSPEED, options, ranks.world_size, 1e-6, SECONDS).chosen().make()
+    ranks.join(strategy.backend)
+    torch.manual_seed(3)
+    model = strategy.construct(Initialised, ranks.env, Settings())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    groups = make_groups(model, decays_matrices)
+    request = SetupRequest(groups, partial(AdamW, lr=1e-2), (), (), ranks.env, Settings())
+    prepared = strategy.setup(model, request)
+    held = keep(prepared.shards())
+    inputs, targets = models.tokens(4)
+    prepared.backward(F.cross_entropy(prepared.forward(inputs), targets))
+    prepared.step()
+    sizes = [len(names) for names in prepared.optimizer_names or ()]
+    return {"shapes": shapes, "held": held, "after": keep(prepared.shards()), "groups": sizes}
+
+
+def test_a_model_built_in_pieces_is_the_same_model() -> None:
+    whole = run_ranks(built, 2, False, timeout_seconds=SECONDS)
+    pieces = run_ranks(built, 2, True, timeout_seconds=SECONDS)
+
+    assert pieces[0]["shapes"] == whole[0]["shapes"]
+    assert pieces[0]["groups"] == whole[0]["groups"]
+    for when in ("held", "after"):
+        found, expected = (assemble([one[when] for one in each]) for each in (pieces, whole))
+        assert found.keys() == expected.keys()
+        assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+
+
+def written_into() -> None:
+    """Write a weight before set-up, as a surgery may."""
+    ranks = launch("cpu")
+    strategy = Bench(DEEPSPEED, {"stage": 3, "zero_init": True}, 1, 1e-6, SECONDS).chosen().make()
+    ranks.join(strategy.backend)
+    model = strategy.construct(models.mlp, ranks.env, Settings())
+    with pytest.raises(RuntimeError, match="single memory location"), torch.no_grad():
+        next(model.parameters()).mul_(2.0)
+
+
+def test_writing_a_weight_that_is_in_pieces_is_an_error() -> None:
+    run_ranks(written_into, 1, timeout_seconds=SECONDS)

@@ -1,0 +1,87 @@
+"""Nothing heavy for a plan; nothing compiled, printed or left behind for a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torchweld.testing import spawn_ranks
+
+PLANNING = """
+import sys
+import torchweld_deepspeed
+from torchweld.planning import make_plan
+from torchweld.registry import Registry
+registry = Registry({"deepspeed": torchweld_deepspeed})
+for name in ("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3"):
+    make_plan(registry, strategy=name, data="torch").explain()
+print([name for name in ("torch", "deepspeed", "numpy") if name in sys.modules])
+"""
+
+TRAINING = """
+import argparse
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from torchweld import Trainer, use
+from torchweld.testing import models
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int, default=0)  # DeepSpeed's launcher passes it
+parser.add_argument("--stage", type=int, default=2)
+args = parser.parse_args()
+for _ in range(2):
+    trainer = Trainer(
+        strategy=use("deepspeed", stage=args.stage),
+        data=use("torch", batch_size=4),
+        accelerator="cpu",
+        max_epochs=1,
+        barebones=True,
+    )
+    data = TensorDataset(*models.features(16))
+    result = trainer.fit(
+        models.mlp(), data, loss=F.cross_entropy, optimizer=partial(torch.optim.AdamW, lr=1e-2)
+    )
+    print("steps", result.progress.step)
+"""
+
+
+def test_listing_and_planning_import_nothing_heavy() -> None:
+    command = [sys.executable, "-W", "error", "-c", PLANNING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_two_fits_run_without_a_compiler_and_without_a_word(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING)
+    nowhere = {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    for stage in (2, 3):
+        arguments = ("--local_rank=0", f"--stage={stage}")
+        with spawn_ranks(script, 2, *arguments, directory=tmp_path, environ=nowhere) as ranks:
+            codes = ranks.wait(timeout_seconds=240)
+            outputs = [ranks.output(rank) for rank in (0, 1)]
+
+        assert codes == (0, 0), outputs
+        assert [output.split() for output in outputs] == [["steps", "2"] * 2] * 2
+
+
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING)
+    place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environ = {name: value for name, value in os.environ.items() if name not in place}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environ, cwd=tmp_path
+    )
+
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["steps", "4"] * 2, "")
