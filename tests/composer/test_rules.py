@@ -229,15 +229,15 @@ def test_the_four_that_have_no_rule_between_them_commute() -> None:
 
 def test_inputs_in_channels_last_commute_with_cutmix() -> None:
     """channels_last(weights=False) and cutmix both edit batch.inputs, without a rule."""
-    from torchweld_composer.surgeries import to_channels_last
+    from torchweld_composer.surgeries import ToChannelsLast
 
     parts = operated([algorithm("CutMix")], small_net())
     inputs, targets = images()
 
     seed_all(9)
-    after = to_channels_last(parts.batch_transforms[0]((inputs, targets))[0])
+    after = ToChannelsLast()(parts.batch_transforms[0]((inputs, targets))[0])
     seed_all(9)
-    before = parts.batch_transforms[0]((to_channels_last(inputs), targets))[0]
+    before = parts.batch_transforms[0]((ToChannelsLast()(inputs), targets))[0]
 
     assert torch.equal(after, before)
     assert after.stride() == before.stride()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchweld_ffcv.jpeg import JpegFrame, jpeg_frame
 from torchweld_ffcv.kinds import Array, Bytes, Classes, Float, Int, Json, Kind
 from torchweld_ffcv.kinds import Image as ImageKind
 from torchweld_ffcv.samples import infer_kind
+from torchweld_ffcv.values import ImageFile
 
 RGB = np.zeros((6, 8, 3), np.uint8)
 
@@ -26,6 +28,15 @@ def jpeg_of(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", **options)
     return buffer.getvalue()
+
+
+def without_scan(data: bytes) -> bytes:
+    return data[: data.index(b"\xff\xda")] + b"\xff\xd9"
+
+
+def with_empty_scan(data: bytes) -> bytes:
+    header = data.index(b"\xff\xda") + 2
+    return data[: header + int.from_bytes(data[header : header + 2], "big")] + b"\xff\xd9"
 
 
 @pytest.mark.parametrize(
@@ -67,15 +78,49 @@ def test_kind_of_other_values_is_refused(value: Any) -> None:
         (jpeg_of(Image.fromarray(RGB).convert("CMYK")), JpegFrame(8, 6, 4)),
         (jpeg_of(Image.fromarray(RGB), exif=b"Exif\0\0" + bytes(3000)), JpegFrame(8, 6, 3)),
         (jpeg_of(Image.fromarray(RGB)) + b"behind the end", JpegFrame(8, 6, 3)),
+        (without_scan(jpeg_of(Image.fromarray(RGB))), JpegFrame(8, 6, 3, has_scan=False)),
+        (with_empty_scan(jpeg_of(Image.fromarray(RGB))), JpegFrame(8, 6, 3, has_scan=False)),
         (jpeg_of(Image.fromarray(RGB))[:-20], None),
         (b"\xff\xd8\xff", None),
         (b"\x89PNG", None),
         (b"", None),
     ],
-    ids=["rgb", "progressive", "grey", "cmyk", "exif", "tail", "cut", "start", "png", "empty"],
+    ids=[
+        "rgb",
+        "progressive",
+        "grey",
+        "cmyk",
+        "exif",
+        "tail",
+        "no scan",
+        "empty scan",
+        "cut",
+        "start",
+        "png",
+        "empty",
+    ],
 )
 def test_jpeg_frame_reads_the_header_alone(data: bytes, frame: JpegFrame | None) -> None:
     assert jpeg_frame(data) == frame
+
+
+@pytest.mark.parametrize("store", ["auto", "raw"])
+@pytest.mark.parametrize("damage", [without_scan, with_empty_scan])
+def test_a_jpeg_without_a_scan_is_found_when_converted(
+    tmp_path: Path, damage: Callable[[bytes], bytes], store: Any
+) -> None:
+    """Pillow gives a grey picture for an empty scan, which would be trained on."""
+    good = jpeg_of(Image.fromarray(RGB))
+    files = [ImageFile(f"{n}.jpg", damage(good) if n == 30 else good) for n in range(40)]
+    target = tmp_path / "out.beton"
+
+    with pytest.raises(ConversionError) as caught:
+        convert(files, target, workers=2, fields={"image": ImageKind(store=store, to_rgb=True)})
+
+    assert "sample 30 of 40 could not be written" in str(caught.value)
+    assert "its field 'image' is '30.jpg', a JPEG file without a scan" in str(caught.value)
+    assert "restore it, or leave it out with skip_bad=True" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 NUMBERED = pairs(40)

@@ -75,7 +75,7 @@ def test_a_jpeg_that_cannot_be_decoded_at_all_is_an_error(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     data = jpeg_bytes(0)
     (folder / "0.jpg").write_bytes(data)
-    (folder / "1.jpg").write_bytes(data.replace(b"\xff\xda", b"\xff\xe1", 1))  # no scan
+    (folder / "1.jpg").write_bytes(data.replace(b"\xff\xdb", b"\xff\xe1"))  # no quantization
     convert(tmp_path / "photos", tmp_path / "photos.beton")
 
     with pytest.raises(RunError, match=r"sample 1 of .* cannot be decoded"):

@@ -204,12 +204,16 @@ class Convolution(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surgery", [[], ["channels_last"]])
-def test_batches_have_the_memory_format_of_the_weights(surgery: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "surgery", [[], ["channels_last"], [use("channels_last", weights=False)]], ids=str
+)
+def test_batches_have_the_memory_format_that_the_model_wants(
+    surgery: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, data = Convolution(), Pictures(1)
     trainer = Trainer(
         strategy="single", data=choice("ffcv", tmp_path), surgery=surgery, max_steps=1,
-        accelerator="cpu", barebones=True,
+        accelerator="cpu", logger=False, enable_checkpointing=False,
     )  # fmt: skip
 
     optimizer = partial(SGD, lr=0.1)
@@ -217,3 +221,6 @@ def test_batches_have_the_memory_format_of_the_weights(surgery: list[str], tmp_p
     trainer.evaluate(data=data, loss=F.cross_entropy)
 
     assert model.formats == {(True, bool(surgery)), (False, bool(surgery))}
+    said = capsys.readouterr()
+    made = "float32 channels_last in [0, 1]" in said.out + said.err  # by the loader, not afterwards
+    assert made == bool(surgery)

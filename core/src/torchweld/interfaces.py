@@ -86,6 +86,8 @@ class Parts:
             ``step=``.
         sample_transforms: handed to the data source; training only.
         input_transforms: on the device, ``inputs -> inputs``; training, evaluation and prediction.
+            One with the attribute ``memory_format = torch.channels_last`` asks the data source for
+            images in that format, and has to leave those alone that come so.
         batch_transforms: on the device, ``batch -> batch``; training only.
         target_transforms: ``(outputs, targets) -> targets``; training only, in plan order.
         param_groups: rule for the optimizer's groups.
@@ -309,8 +311,8 @@ class LoaderRequest:
 
     Attributes:
         sample_transforms: of surgeries; for training only.
-        channels_last: the model's convolutions have the NHWC memory format: images are best made
-            in it, where that costs nothing.
+        channels_last: the model's convolutions have the NHWC memory format, or an input transform
+            gives it to the images: they are best made in it, where that costs nothing.
     """
 
     data: Any

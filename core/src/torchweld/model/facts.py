@@ -17,7 +17,7 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.nesting import shapes, tensors
 
 if TYPE_CHECKING:
-    from torchweld.interfaces import Env, Prepared
+    from torchweld.interfaces import Env, Parts, Prepared
 
 _INDEX_LOSSES = (F.nll_loss, F.multi_margin_loss)
 
@@ -36,8 +36,14 @@ def model_facts(model: nn.Module) -> dict[str, bool]:
     }
 
 
-def has_channels_last(model: nn.Module) -> bool:
-    """Whether the weights of a convolution have the NHWC memory format, which inputs then suit.
+def wants_channels_last(parts: Parts) -> bool:
+    """Whether images are best made in the NHWC memory format: for the weights, or a transform."""
+    asked = (getattr(change, "memory_format", None) for change in parts.input_transforms)
+    return torch.channels_last in asked or _has_channels_last(parts.model)
+
+
+def _has_channels_last(model: nn.Module) -> bool:
+    """Whether the weights of a convolution have the NHWC memory format.
 
     Strides are looked at, not the surgery that made them: a user may have changed the model, too.
     """

@@ -12,7 +12,7 @@ from torchweld.errors import InvalidArgument
 from torchweld.loop.console import Console
 from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
 from torchweld.loop.handle import Handle
-from torchweld.model.facts import has_channels_last
+from torchweld.model.facts import wants_channels_last
 from torchweld.setup.loading import evaluation_loader
 from torchweld.setup.requests import FitRequest, check_functions, check_metric_names
 from torchweld.setup.setting_up import remake, set_up
@@ -120,7 +120,7 @@ def _fresh(
         request.model, loss=request.loss or _no_loss, init_weights=request.init_weights
     )
     remade = remake(launched, fit_request, config, console)
-    last = has_channels_last(remade.parts.model)
+    last = wants_channels_last(remade.parts)
     ready = set_up(remade, console)
     console.open(headline(launched.plan, launched.ranks.env))
     handle, env = Handle(ready.prepared), launched.ranks.env

@@ -23,7 +23,7 @@ from torchweld.loop.handle import Handle
 from torchweld.loop.loggers import make_loggers
 from torchweld.loop.recorder import Recorder
 from torchweld.loop.wiring import Wiring, needs_closure
-from torchweld.model.facts import has_channels_last, loss_facts, model_facts
+from torchweld.model.facts import loss_facts, model_facts, wants_channels_last
 from torchweld.model.parameters import (
     CheckedFactory,
     as_factory,
@@ -192,7 +192,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
     launched, parts = remade.launched, remade.parts
     ranks, extras, plan = launched.ranks, config.extras, remade.launched.plan
     check_metrics(request.metrics, ranks.world_size)
-    last = has_channels_last(parts.model)  # before a strategy may lay the weights out anew
+    last = wants_channels_last(parts)  # before a strategy may lay the weights out anew
     make_loader = partial(evaluation_loader, launched, channels_last=last)
     seed = data_seed(launched)
     loader = train_loader(launched, request.train, parts, seed, channels_last=last)

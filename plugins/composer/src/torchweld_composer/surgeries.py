@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -66,13 +67,23 @@ class ChannelsLastInputs:
 
     def apply(self, parts: Parts) -> Parts:
         """Add the input transform."""
-        transforms = (*parts.input_transforms, to_channels_last)
+        to_last: Callable[[Any], Any] = ToChannelsLast()
+        transforms = (*parts.input_transforms, to_last)
         return replace(parts, input_transforms=transforms)
 
 
-def to_channels_last(inputs: Any) -> Any:
-    """Return ``inputs`` with every 4-D floating tensor in the NHWC memory format."""
-    return map_tensors(inputs, _as_channels_last)
+class ToChannelsLast:
+    """Gives every 4-D floating tensor the NHWC memory format, where the loader has not.
+
+    Attributes:
+        memory_format: tells the data source, which can often make images so at no cost.
+    """
+
+    memory_format = torch.channels_last
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return ``inputs``, with those tensors as they are that have the format."""
+        return map_tensors(inputs, _as_channels_last)
 
 
 def _as_channels_last(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 # SOF0 to SOF2: baseline, extended and progressive with Huffman coding. The others are lossless,
@@ -15,11 +15,16 @@ _SCAN = 0xDA
 
 @dataclass(frozen=True)
 class JpegFrame:
-    """Size in pixels, and how many colour components: 1 grey, 3 colour, 4 CMYK."""
+    """Size in pixels, and how many colour components: 1 grey, 3 colour, 4 CMYK.
+
+    Attributes:
+        has_scan: the file holds coded pixels; without, decoders make a grey picture or none.
+    """
 
     width: int
     height: int
     components: int
+    has_scan: bool = True
 
 
 def jpeg_frame(data: bytes) -> JpegFrame | None:
@@ -31,27 +36,40 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
     """
     if not data.startswith(_START):
         return None
-    position = 2
+    frame, position = None, len(_START)
     while position + 9 < len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
         elif marker in _WITHOUT_LENGTH:
             position += 2
-        elif marker in _FRAMES:
-            return _frame(data, position)
-        elif marker in _OTHER_FRAMES or marker == _SCAN:
+        elif marker in _OTHER_FRAMES:
             return None
+        elif marker == _SCAN:
+            return _with_scan(frame, data, position + 2 + _length(data, position))
         else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
+            if marker in _FRAMES:
+                frame = _frame(data, position)
+            position += 2 + _length(data, position)
+    ended = data[position : position + 2] == _END
+    return replace(frame, has_scan=False) if frame is not None and ended else None
+
+
+def _with_scan(frame: JpegFrame | None, data: bytes, begin: int) -> JpegFrame | None:
+    """The frame, when its first scan's data begins there; None when the file was cut short."""
+    end = data.find(_END, begin)  # coded pixels never look like a marker
+    return None if frame is None or end < 0 else replace(frame, has_scan=end > begin)
+
+
+def _length(data: bytes, position: int) -> int:
+    """Of the segment whose marker is there, without the marker."""
+    return int.from_bytes(data[position + 2 : position + 4], "big")
 
 
 def _frame(data: bytes, position: int) -> JpegFrame | None:
     bits = data[position + 4]
     height = int.from_bytes(data[position + 5 : position + 7], "big")
     width = int.from_bytes(data[position + 7 : position + 9], "big")
-    complete = data.rfind(_END) > position
-    if bits != 8 or not height or not width or not complete:
+    if bits != 8 or not height or not width:
         return None
     return JpegFrame(width, height, data[position + 9])

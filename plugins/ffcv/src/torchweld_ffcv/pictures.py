@@ -54,8 +54,15 @@ class ImageEncoder:
         return layout.RAW_MODE, width, height, put(np.ascontiguousarray(pixels))
 
     def _kept(self, file: ImageFile, put: Callable[[Any], int]) -> tuple[int, int, int, int] | None:
-        frame = jpeg_frame(file.data) if self.kind.store != "raw" else None
-        if frame is None or frame.components not in ({1, 3} if self.kind.to_rgb else {3}):
+        frame = jpeg_frame(file.data)
+        if frame is not None and not frame.has_scan:  # PIL makes a grey picture of some of them
+            raise ValueRefused(
+                f"is {file.path!r}, a JPEG file without a scan: there is no picture in it; restore "
+                "it, or leave it out with skip_bad=True"
+            )
+        if frame is None or self.kind.store == "raw":
+            return None
+        if frame.components not in ({1, 3} if self.kind.to_rgb else {3}):
             return None
         if self.kind.max_side and max(frame.width, frame.height) > self.kind.max_side:
             return None
