@@ -206,16 +206,11 @@ def initialized(
     training: Training,
     env: Env,
     config: Mapping[str, Any],
-    *,
-    keeps_patch: bool = False,
 ) -> Any:
-    """Return an engine over the model's groups, as nobody but DeepSpeed makes it.
-
-    With ``keeps_patch`` the process keeps DeepSpeed's ``linear``, which whoever comes next meets.
-    """
+    """Return an engine over the model's groups, as nobody but DeepSpeed makes it."""
     groups = make_groups(model, training.rule)
     optimizer = training.optimizer([{k: v for k, v in g.items() if k != "names"} for g in groups])
-    with deepspeed_at_work(env, verbose=False, keeps_patch=keeps_patch) as deepspeed:
+    with deepspeed_at_work(env, verbose=False) as deepspeed:
         return deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))[0]
 
 

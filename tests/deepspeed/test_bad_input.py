@@ -221,7 +221,9 @@ def refused_value(path: str) -> object:
 @pytest.mark.parametrize(
     ("options", "precision", "code"),
     [
-        ({"stage": 0}, "32", "TW301"),
+        ({"stage": 0}, "32", "TW103"),
+        ({"config": {"zero_optimization": {"stage": 0}}}, "32", "TW103"),
+        ({"zero_init": True}, "32", "TW103"),
         ({"communication_dtype": "bf16"}, "32", "TW301"),
         ({"config": {"communication_data_type": "bf16"}}, "32", "TW301"),
         ({"stage": 1, "overlap_comm": True}, "32", "TW103"),

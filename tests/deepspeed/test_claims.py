@@ -84,7 +84,9 @@ def test_in_pieces_from_the_start_needs_stage_3() -> None:
     plan = Trainer(strategy=use("deepspeed", stage=2, zero_init=True), barebones=True).plan
 
     (problem,) = plan.problems
-    assert "take stage=3" in problem.fix
+    assert problem.code == "TW103"
+    assert "zero_init=True with stage=2" in problem.why
+    assert "take stage=3" in problem.why
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -433,11 +433,11 @@ PASSED_ON: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
             use_multi_rank_bucket_allreduce=False,
         ),
     ),
-    "another order": ((1, 2), zero(round_robin_gradients=True, parameter_alignment=True)),
-    "overlap": ((1, 2, 3), zero(overlap_comm=True, ignore_unused_parameters=False)),
-    "small buckets": ((1, 2, 3), zero(reduce_bucket_size=64, allgather_bucket_size=100)),
+    "another order": ((2,), zero(round_robin_gradients=True, parameter_alignment=True)),
+    "overlap": ((2, 3), zero(overlap_comm=True, ignore_unused_parameters=False)),
+    "small buckets": ((2, 3), zero(reduce_bucket_size=64, allgather_bucket_size=100)),
     "divided before": (
-        (1, 2, 3),
+        (1, 3),
         {
             "prescale_gradients": True,
             "gradient_predivide_factor": 2.0,
@@ -475,14 +475,21 @@ PASSED_ON: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected() -> Mapping[str, torch.Tensor]:
+    """Weights and optimizer state after the same steps under DDP."""
+    bench = bench_of("ddp", 2)
+    return bench.train(case_of(bench, "mlp"), *steps_of("mlp"))[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "stage"), [(name, stage) for name, row in PASSED_ON.items() for stage in row[0]]
 )
-def test_what_is_passed_on_trains_as_ddp_does(name: str, stage: int) -> None:
-    steps = steps_of("mlp")
-    by_ddp, by_zero = bench_of("ddp", 2), bench_of(f"zero{stage}", 2, config=PASSED_ON[name][1])
+def test_what_is_passed_on_trains_as_ddp_does(
+    expected: Mapping[str, torch.Tensor], name: str, stage: int
+) -> None:
+    steps, by_zero = steps_of("mlp"), bench_of(f"zero{stage}", 2, config=PASSED_ON[name][1])
 
-    expected = by_ddp.train(case_of(by_ddp, "mlp"), *steps)[-1]
     found = by_zero.train(case_of(by_zero, "mlp"), *steps)[-1]
 
     assert found.keys() == expected.keys()  # optimizer state is found in any order of the pieces
@@ -526,7 +533,7 @@ NOTES: Mapping[str, tuple[dict[str, Any], str]] = {
     "printing": ({"steps_per_print": 10}, "the Trainer logs"),
     "a patched linear": (
         {"zero_optimization": {"memory_efficient_linear": True}},
-        "torch.nn.functional.linear stays DeepSpeed's",
+        "torch.nn.functional.linear is DeepSpeed's until the run ends",
     ),
 }
 

@@ -265,10 +265,12 @@ def linear_is_torchs(stage: int, told_by_us: bool) -> bool:
     training, linear = training_of("mlp"), F.linear
     if told_by_us:
         engine_of(stage)
-    else:
-        initialized(training.make_model(), training, ranks.env, told(stage), keeps_patch=True)
-    kept, F.linear = F.linear is linear, linear
-    return kept
+        return F.linear is linear
+    model = training.make_model()
+    optimizer = training.optimizer(model.parameters())
+    with deepspeed_at_work(ranks.env, verbose=False) as deepspeed:
+        deepspeed.initialize(model=model, optimizer=optimizer, config=told(stage))
+        return F.linear is linear  # what set it back comes after
 
 
 def test_deepspeed_replaces_linear_for_the_whole_process() -> None:
@@ -312,6 +314,19 @@ def test_deepspeed_ends_a_run_when_a_rank_has_had_another_model() -> None:
     assert agreed == ["trained", "trained"]
 
 
+def linear_during_and_after() -> tuple[bool, bool]:
+    """Whether it is torch's while a configuration replaces it, and after the run."""
+    linear = F.linear
+    config = {"zero_optimization": {"stage": 3, "memory_efficient_linear": True}}
+    with prepared(case_of(bench_of("zero3", 1, config=config), "mlp")):
+        during = F.linear is linear
+    return during, F.linear is linear
+
+
+def test_a_linear_that_a_configuration_replaces_is_put_back_when_the_run_ends() -> None:
+    assert run_ranks(linear_during_and_after, 1, timeout_seconds=SECONDS) == [(False, True)]
+
+
 # ---- stage 0 -------------------------------------------------------------------------------------
 
 
@@ -341,9 +356,8 @@ def test_stage_0_is_refused_with_the_reason() -> None:
 
     (problem,) = plan.problems
 
-    assert problem.code == "TW301"
-    assert "takes a step before the first batch" in problem.why
-    assert "strategy='ddp'" in problem.fix
+    assert problem.code == "TW103"
+    assert "takes a step before the first batch: choose strategy='ddp'" in problem.why
 
 
 # ---- what raises on one rank only ----------------------------------------------------------------

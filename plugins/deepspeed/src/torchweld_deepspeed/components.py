@@ -76,18 +76,6 @@ def deepspeed_claims(options: DeepSpeedOptions, settings: Settings) -> Claims:
 
 
 def _required(options: DeepSpeedOptions, settings: Settings) -> Iterator[Rel]:
-    if options.stage == 0:
-        yield Rel(
-            "deepspeed:sharding",  # nothing provides it
-            "stage 0 shards nothing, and in bf16 and fp16 it takes a step before the first batch",
-            "strategy='ddp', which is what stage 0 is, or a stage of 1, 2 or 3",
-        )
-    if options.zero_init and options.stage != 3:
-        yield Rel(
-            "deepspeed:pieces",  # nothing provides it
-            f"zero_init cuts parameters into pieces, and stage {options.stage} keeps them whole",
-            "leave zero_init out, or take stage=3",
-        )
     if "nvme" in (options.offload_optimizer, options.offload_params):
         yield Rel(
             "deepspeed:checkpoints",  # nothing provides it

@@ -288,7 +288,7 @@ def _notes(config: Configuration, options: DeepSpeedOptions) -> Iterator[Note]:
         what = f"overlap_comm=true in {where} stays off"
         yield Note(what, "DeepSpeed cannot with stage 1 where the loop owns its windows")
     if config.at("zero_optimization.memory_efficient_linear") is True:
-        what = "torch.nn.functional.linear stays DeepSpeed's in this process"
+        what = "torch.nn.functional.linear is DeepSpeed's until the run ends"
         yield Note(what, f"memory_efficient_linear=true in {where}")
     for path, why in _UNUSED.items():
         if config.at(path):

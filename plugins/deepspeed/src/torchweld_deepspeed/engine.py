@@ -101,8 +101,7 @@ def make_engine(
         and _device_of(config, "offload_optimizer") != "none",
     )
     fit_buckets(config, _num_trained(model))
-    patches = bool(config["zero_optimization"]["memory_efficient_linear"])
-    with deepspeed_at_work(request.env, verbose=verbose, keeps_patch=patches) as deepspeed:
+    with deepspeed_at_work(request.env, verbose=verbose) as deepspeed:
         engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     zero = zero if optimizer is not None else None
     return Engine(

@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -65,15 +65,12 @@ def _import_root(device_type: str) -> None:
 
 
 @contextmanager
-def deepspeed_at_work(
-    env: Env, *, verbose: bool, keeps_patch: bool = False
-) -> Iterator[ModuleType]:
+def deepspeed_at_work(env: Env, *, verbose: bool) -> Iterator[ModuleType]:
     """Around DeepSpeed's set-up: what it needs of the process, and its traces removed; collective.
 
     Args:
         env: with a process group.
         verbose: let it log what it does.
-        keeps_patch: leave ``torch.nn.functional.linear`` as DeepSpeed makes it.
 
     Yields:
         The module ``deepspeed``.
@@ -93,8 +90,23 @@ def deepspeed_at_work(
         try:
             yield deepspeed
         finally:
-            if not keeps_patch:
-                torch.nn.functional.linear = linear
+            torch.nn.functional.linear = linear
+
+
+def replace_linear() -> Callable[[], None]:
+    """Compute linear layers as ``memory_efficient_linear`` has them; returns what ends it.
+
+    Ranks that disagree here would exchange gradients in different orders, so nothing may be left
+    of it for the next run.
+    """
+    linear = torch.nn.functional.linear
+    module = deepspeed_module("deepspeed.runtime.zero.linear")
+    torch.nn.functional.linear = module.zero3_linear_wrap
+
+    def put_back() -> None:
+        torch.nn.functional.linear = linear
+
+    return put_back
 
 
 def _check_device(device: torch.device) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from torchweld.strategies.optimizer_state import state_bytes
 
 if TYPE_CHECKING:
     from torchweld.components import Settings
@@ -20,7 +22,8 @@ FP32 = 4
 ALIGNED = 2
 """Elements: DeepSpeed pads a group of parameters to a multiple of this times the ranks."""
 
-_CAST = {"bf16-true": torch.bfloat16, "16": torch.float16}
+CAST = {"bf16-true": torch.bfloat16, "16": torch.float16}
+"""Dtype of the working copies; unlike core's ``cast_dtype``, DeepSpeed casts them for fp16 too."""
 
 
 def estimate_bytes(
@@ -58,7 +61,7 @@ def estimate_bytes(
 
 
 def _itemsize(one: ParameterShape, settings: Settings) -> int:
-    cast = _CAST.get(settings.precision) if one.dtype.is_floating_point else None
+    cast = CAST.get(settings.precision) if one.dtype.is_floating_point else None
     return (cast or one.dtype).itemsize
 
 
@@ -84,13 +87,11 @@ def bytes_held(made: Engine, model: nn.Module) -> dict[str, int]:
     """Count the bytes of this rank as :func:`estimate_bytes` foretells them."""
     pieces = sum(flat.nbytes for flat in made.flats)
     working = sum(_working_bytes(parameter, made.stage) for parameter in model.parameters())
-    state = made.optimizer.state if made.optimizer is not None else {}
-    tensors = [v for values in state.values() for v in values.values() if isinstance(v, Tensor)]
     whole = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {
         "parameters": working + pieces,
         "gradients": whole if made.stage == 1 else pieces,
-        "optimizer": sum(tensor.nbytes for tensor in tensors),
+        "optimizer": state_bytes(made.optimizer) if made.optimizer is not None else 0,
     }
 
 

@@ -83,16 +83,14 @@ def _taken(options: DeepSpeedOptions, config: Configuration) -> tuple[dict[str, 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     """Options that DeepSpeed would ignore, or fail on after the processes have started."""
-    if values["offload_params"] and values["stage"] != 3:
+    if values["stage"] == 0:
         yield (
-            f"offload_params={values['offload_params']!r} with stage={values['stage']}: only "
-            "stage 3 can, DeepSpeed would ignore it"
+            "stage=0 shards nothing, and in bf16 and fp16 it takes a step before the first batch: "
+            "choose strategy='ddp', which is what stage 0 is, or a stage of 1, 2 or 3"
         )
-    if "nvme" in (values["offload_optimizer"], values["offload_params"]):
-        if values["nvme_path"] is None:
-            yield "offloading to 'nvme' needs nvme_path, a directory on the drive"
-    elif values["nvme_path"] is not None:
-        yield f"nvme_path={values['nvme_path']!r}, but nothing is offloaded to 'nvme'"
+        return
+    yield from _only_for_stage_3(values)
+    yield from _drive(values)
     config = values["config"]
     said = config is not None and config.at("zero_optimization.overlap_comm") is True
     if values["overlap_comm"] and values["stage"] == 1 and not said:
@@ -102,6 +100,29 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"bucket_elements={values['bucket_elements']} is not a whole number >= 1"
     if values["persistence_threshold"] < 0:
         yield f"persistence_threshold={values['persistence_threshold']} is not a whole number >= 0"
+
+
+def _only_for_stage_3(values: Mapping[str, Any]) -> Iterator[str]:
+    if values["stage"] == 3:
+        return
+    if values["zero_init"]:
+        yield (
+            f"zero_init=True with stage={values['stage']}: it cuts parameters into pieces, and "
+            "this stage keeps them whole, so leave it out, or take stage=3"
+        )
+    if values["offload_params"]:
+        yield (
+            f"offload_params={values['offload_params']!r} with stage={values['stage']}: only "
+            "stage 3 can, DeepSpeed would ignore it"
+        )
+
+
+def _drive(values: Mapping[str, Any]) -> Iterator[str]:
+    if "nvme" in (values["offload_optimizer"], values["offload_params"]):
+        if values["nvme_path"] is None:
+            yield "offloading to 'nvme' needs nvme_path, a directory on the drive"
+    elif values["nvme_path"] is not None:
+        yield f"nvme_path={values['nvme_path']!r}, but nothing is offloaded to 'nvme'"
 
 
 def _unfit_for_stage(config: Configuration | None, stage: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,7 +29,8 @@ from torchweld_deepspeed.engine import (
     is_partitioned,
     make_engine,
 )
-from torchweld_deepspeed.memory import bytes_held, estimate_bytes
+from torchweld_deepspeed.imports import replace_linear
+from torchweld_deepspeed.memory import CAST, bytes_held, estimate_bytes
 from torchweld_deepspeed.merging import checked_factory
 from torchweld_deepspeed.options import DeepSpeedOptions, UserConfig
 from torchweld_deepspeed.state import ZeroState, named_parameters
@@ -36,8 +38,6 @@ from torchweld_deepspeed.state import ZeroState, named_parameters
 if TYPE_CHECKING:
     from torchweld.components import Settings
     from torchweld.interfaces import Env, ParameterShape, SetupRequest
-
-_CAST = {"bf16-true": torch.bfloat16, "16": torch.float16}
 
 
 class DeepSpeedStrategy:
@@ -76,6 +76,7 @@ class DeepSpeedStrategy:
             verbose=verbose,
         )
         self._engines: list[Any] = []
+        self._put_back: Callable[[], None] | None = None
 
     def construct(self, make: Callable[[], nn.Module], env: Env, settings: Settings) -> nn.Module:
         """Build it as the user would, or cut each layer into pieces as soon as it is built."""
@@ -101,6 +102,8 @@ class DeepSpeedStrategy:
         request = replace(request, optimizer=factory)
         made = make_engine(model, request, config, verbose=self.options.verbose)
         self._engines.append(made.engine)
+        if config["zero_optimization"]["memory_efficient_linear"] and self._put_back is None:
+            self._put_back = replace_linear()
         return _Preparing(made, model, request).prepared()
 
     def estimate(
@@ -118,6 +121,9 @@ class DeepSpeedStrategy:
         for engine in self._engines:
             engine.destroy()
         self._engines.clear()
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
 
 
 def _check_request(request: SetupRequest) -> None:
@@ -178,7 +184,7 @@ class _Preparing:
         backward = self.made.engine.backward
         if self.request.settings.accumulate_grad_batches > 1:
             return lambda loss: backward(loss / self.window_size, scale_wrt_gas=False)
-        return lambda loss: backward(loss, scale_wrt_gas=False)
+        return partial(backward, scale_wrt_gas=False)  # unlike a lambda no call of Python's
 
     def _step(self) -> Callable[[], bool]:
         """Return the step; what DeepSpeed keeps of a gradient is cleared after it.
@@ -215,7 +221,7 @@ def forward_of(module: Callable[..., Any], settings: Settings) -> Callable[..., 
     precision = settings.precision
     if precision == "32":
         return module
-    dtype = _CAST.get(precision)
+    dtype = CAST.get(precision)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
