@@ -13,6 +13,8 @@ TorchweldError
 │   └── RankFailed       another process stopped first; carries its first cause
 └── CheckpointError      a checkpoint cannot be written, found or resumed
     └── CheckpointDamaged    a file of it is missing, truncated or changed; names the file
+
+Preempted                a signal asked the run to end, which it did; a SystemExit, no error
 """
 
 from __future__ import annotations
@@ -83,3 +85,12 @@ class CheckpointError(TorchweldError):
 
 class CheckpointDamaged(CheckpointError):
     """A file of a checkpoint is missing, truncated or changed."""
+
+
+class Preempted(SystemExit):
+    """A signal asked the run to end, and it ended at a border; not an error, so not among them.
+
+    Attributes:
+        code: the exit code of a script that lets it pass: 75 (EX_TEMPFAIL: start it again, it goes
+            on with ``ckpt_path="last"``), or 143 where the run writes no checkpoints.
+    """

@@ -16,6 +16,7 @@ from torchweld.interfaces import Parts, Result
 from torchweld.loop.console import Console
 from torchweld.model.remaking import operate_all
 from torchweld.planning import auto_strategy, make_plan
+from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
 from torchweld.registry import Registry
 from torchweld.setup.evaluating import EvaluationRequest, evaluate_model, predict_model
@@ -205,6 +206,7 @@ class Trainer:
 
         Raises:
             TorchweldError: see ``torchweld.errors``; before step 1 wherever possible.
+            Preempted: SIGTERM ended the run, a checkpoint is written; exit code 75.
         """
         request = FitRequest(
             model, train, val, loss, step, eval_step, metrics or {}, optimizer, lr_scheduler,
@@ -262,7 +264,8 @@ class Trainer:
             console.open("   ".join([headline(wiring.plan, wiring.ranks.env), *directory]))
             run, compute = open_run(wiring, request, where)
             self._run, self._given_model = run, request.model
-            yield run, compute
+            with heard_signals(run.end_asked):
+                yield run, compute
 
     def _launch(self) -> Launched:
         if self._launched is None:

@@ -60,6 +60,16 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def terminate() -> None:
+    """What SLURM, torchrun and Kubernetes do before they kill."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def warn_by_slurm() -> None:
+    """What SLURM does for ``--signal=USR1@120``."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def wait() -> None:
     """Stay until something comes from outside."""
     for _ in range(600):
@@ -72,10 +82,11 @@ def block_checkpoints() -> None:
         (run / f"step-{AT_STEP + 1}").write_text("a file where a directory has to be")
 
 
-HARMS: dict[str, Callable[[], None]] = {
-    harm.__name__: harm
-    for harm in (raise_error, raise_and_stay, leave, die, interrupt, wait, block_checkpoints)
-}
+_ALL = (
+    raise_error, raise_and_stay, leave, die, interrupt, terminate, warn_by_slurm, wait,
+    block_checkpoints,
+)  # fmt: skip
+HARMS: dict[str, Callable[[], None]] = {harm.__name__: harm for harm in _ALL}
 
 
 def make_act(place: str, harm: str, who: str) -> Act:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
 from torchweld.loop.beside import BesideSaver
 from torchweld.model.parameters import TrainableWatch
+from torchweld.processes.ending import signal_name
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader
@@ -25,6 +27,7 @@ class Borders:
     Attributes:
         metrics: the newest value of everything that was measured.
         stop_asked: this rank wants the run to end.
+        preempted: a signal asked some rank to end, and there are steps left.
         saver: holds the checkpoint that is being written beside the training.
     """
 
@@ -32,7 +35,7 @@ class Borders:
         self._run = run
         self._wiring = run.wiring
         self.metrics: dict[str, float] = {}
-        self.stop_asked = False
+        self.stop_asked = self.preempted = False
         self.saver = BesideSaver()
         self._marks: set[int] = set()
         self._since = time.monotonic()
@@ -121,7 +124,9 @@ class Borders:
     def _reduce(self) -> None:
         # A rank that knows already that a checkpoint failed must not leave alone: here all hear.
         totals = self._wiring.recorder.reduce(
-            stop=self.stop_asked or self.saver.failed, grad_norm=self._wiring.prepared.grad_norm()
+            stop=self.stop_asked or self.saver.failed,
+            end=self._run.end_asked.number > 0,
+            grad_norm=self._wiring.prepared.grad_norm(),
         )
         if totals.stop:
             self.saver.wait()
@@ -132,7 +137,8 @@ class Borders:
             self.metrics["samples_per_second"] = totals.samples / seconds
         self.metrics["epoch"] = float(self._run.position.epoch)
         self.metrics.update(self._learning_rates())
-        self._run.stopping |= totals.stop
+        self._run.stopping |= totals.stop or totals.end
+        self.preempted |= totals.end and not self._is_complete()
         is_finite = math.isfinite(self.metrics.get("train_loss", 0.0))
         if not is_finite and not self._warned:
             self._warned = True
@@ -218,6 +224,9 @@ class Borders:
         if self._finished:
             return
         self.saver.wait()
+        if self.preempted:
+            self._break_off()
+            return
         validation, step = self._wiring.validation, self._run.position.step
         if validation.loaders and self._validated_at != step and step > 0:
             self._validate()
@@ -225,6 +234,25 @@ class Borders:
         self._call({"fit_end"})
         self.saver.wait()
         self._end("success")
+
+    def _break_off(self) -> None:
+        """Save what is there, however little time is left, and end."""
+        saves = self._wiring.directory is not None
+        path = self._run.save() if saves else None
+        border = Border(frozenset({"fit_end"}), self._run.progress, dict(self.metrics))
+        for callback in self._wiring.callbacks:
+            if not isinstance(callback, ModelCheckpoint):  # saved is saved, monitored or not
+                callback.at(border, self._run)
+        self._end("aborted")
+        number = self._run.end_asked.number
+        who = signal_name(number) if number else "a signal to another process"
+        kept = f"{path} is complete, go on with ckpt_path='last'" if saves else "nothing was saved"
+        step = self._run.position.step
+        self._wiring.console.warn(f"{who} ended the run after step {step}: {kept}")
+
+    def _is_complete(self) -> bool:
+        total = self._wiring.table.total_steps
+        return total is not None and self._run.position.step >= total
 
     def abandon(self, error: BaseException | None) -> None:
         """End after an error: nothing is validated or saved anew, what is open is closed."""

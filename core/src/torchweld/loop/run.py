@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchweld.errors import InvalidArgument, LoopError
+from torchweld.errors import InvalidArgument, LoopError, Preempted
 from torchweld.interfaces import Env, Progress
 from torchweld.loop.borders import Borders
 from torchweld.loop.fit_loop import FitLoop
@@ -18,6 +18,7 @@ from torchweld.loop.own_loop import OwnLoop
 from torchweld.loop.saving import async_save_run, export_run, save_run
 from torchweld.loop.timetable import Segment, next_segment
 from torchweld.loop.weighing import Weigher
+from torchweld.processes.ending import EndAsked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from torchweld.loop.wiring import Wiring
     from torchweld.plan import Plan
+
+_TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: worth another try
+_TERMINATED = 143  # 128 + SIGTERM, what a shell says of a process that a SIGTERM ended
 
 
 @dataclass
@@ -51,6 +55,7 @@ class TrainingRun:
         plan: with the facts of fit.
         where: what to say about the run when something fails.
         stopping: no further segment is begun.
+        end_asked: a signal that asks the run to end at the next border.
         guard: entered around an own loop; tells the other ranks of an error here.
     """
 
@@ -64,6 +69,7 @@ class TrainingRun:
         self.where = where
         self.stopping = False
         self.guard = ExitStack()
+        self.end_asked = EndAsked()
         self._closed = False
         self.rewire(wiring)
 
@@ -179,7 +185,11 @@ class TrainingRun:
         self.borders.stop_asked = True
 
     def close(self) -> None:
-        """Do the border work that is still pending, and the last border's."""
+        """Do the border work that is still pending, and the last border's.
+
+        Raises:
+            Preempted: a signal has ended the run; on all ranks, once everything is done.
+        """
         if self._closed:
             return
         self._closed = True
@@ -190,6 +200,8 @@ class TrainingRun:
             self._fail(error)
             raise
         self.guard.close()
+        if self.borders.preempted:
+            raise Preempted(_TEMPORARY_FAILURE if self.wiring.directory else _TERMINATED)
 
     def __enter__(self) -> TrainingRun:  # noqa: PYI034 - Self is in typing from 3.11 on
         return self

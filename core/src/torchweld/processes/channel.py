@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from torchweld.errors import PluginError, RankFailed, RankMissing, RunError
+from torchweld.errors import PluginError, Preempted, RankFailed, RankMissing, RunError
 from torchweld.processes.beside import BesideExchange
 from torchweld.processes.watching import Watch, asked_key, here_key, left_key, process_mark
 
@@ -146,6 +146,10 @@ class Channel:
             yield
         except GeneratorExit:  # a run that was never closed is no failure
             self._end(self._watch, number)
+            raise
+        except Preempted:  # agreed on by all ranks, each of which raises its own
+            self._end(self._watch, number)
+            self._wait_for_readers(number)
             raise
         except BaseException as error:
             cause = self._cause_of(error, where)

@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env
 from torchweld.processes.channel import Channel, missing
+from torchweld.processes.variables import LAUNCH_VARIABLES, slurm_variables
 
 if TYPE_CHECKING:
     from torchweld.processes.beside import BesideExchange
-
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
@@ -105,8 +104,9 @@ _launched: dict[tuple[str, ...], tuple[Env, Channel]] = {}
 def launch(accelerator: str = "auto") -> Ranks:
     """Find out which process this is; the store is made here, the process group by ``join``.
 
-    Reads the variables that torchrun sets; without them there is one process. A process group that
-    exists already is taken over.
+    Reads the variables that torchrun sets. In a SLURM step of several tasks without them they are
+    set as torchrun would have, for whatever else reads them: the user's script, a wrapped library.
+    Otherwise there is one process. A process group that exists already is taken over, and left.
 
     Raises:
         InvalidArgument: ``accelerator="cuda"`` without a CUDA device.
@@ -123,7 +123,9 @@ def _known_launch() -> tuple[Env, Channel]:
     ours = [launch for launch in _launched.values() if launch[1].group is group]
     if group is not None and ours:
         return ours[0]
-    key = (*(os.environ.get(v, "") for v in _LAUNCH_VARIABLES), _attempt(), _name(group))
+    if group is None:
+        os.environ.update(slurm_variables(os.environ))
+    key = (*(os.environ.get(v, "") for v in LAUNCH_VARIABLES), _attempt(), _name(group))
     if key not in _launched:
         _launched.clear()
         _launched[key] = _launch() if group is None else _existing_group()
@@ -138,7 +140,8 @@ def launched_world_size() -> int:
     """How many processes were launched, known without a store: for choices made before launch."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    environ = {**os.environ, **slurm_variables(os.environ)}
+    return int(environ.get("WORLD_SIZE", "1"))
 
 
 def _attempt() -> str:
@@ -146,12 +149,12 @@ def _attempt() -> str:
 
 
 def _launch() -> tuple[Env, Channel]:
-    present = [name for name in _LAUNCH_VARIABLES if name in os.environ]
+    present = [name for name in LAUNCH_VARIABLES if name in os.environ]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Env(0, 1, 0, torch.device("cpu")), Channel(0, 1)
-    if len(present) < len(_LAUNCH_VARIABLES):
-        lacking = ", ".join(name for name in _LAUNCH_VARIABLES if name not in present)
+    if len(present) < len(LAUNCH_VARIABLES):
+        lacking = ", ".join(name for name in LAUNCH_VARIABLES if name not in present)
         raise RunError(
             f"WORLD_SIZE={world_size} is set but {lacking} is not: start the script with "
             f"torchrun --nproc-per-node {world_size} script.py"
