@@ -291,9 +291,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a small network on handwritten digits in two processes, with four optimizations."""
+    """Train on JPEG files in two processes, with DeepSpeed, FSDP, FFCV and Composer in one run."""
     run = [with_plugins(session, PLUGINS), "-m", "torch.distributed.run", "--standalone"]
-    session.run(*run, "--nproc-per-node=2", "examples/digits.py", *session.posargs, env=ENV)
+    session.run(*run, "--nproc-per-node=2", "examples/article.py", *session.posargs, env=ENV)
 
 
 @nox.session

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.optim import SGD
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from torchweld import Claims, Component, Rel, Trainer, use
 from torchweld.components import Settings
-from torchweld.errors import PlanError
+from torchweld.errors import InvalidArgument, PlanError
+from torchweld.interfaces import Parts
 from torchweld.testing import models, run_ranks, spawn_ranks
 from torchweld_fsdp import FSDP, FsdpOptions
 from torchweld_fsdp.components import fsdp_claims
@@ -75,6 +76,48 @@ def test_a_surgery_that_needs_what_fsdp_lacks_is_refused_with_the_reason(token: 
     assert problem.code == "TW301"
     lacks = fsdp_claims(FsdpOptions(), Settings()).lacks
     assert lacks[token] in problem.why
+
+
+# ---- a surgery that copies weights ---------------------------------------------------------------
+
+
+class Copying:
+    """Puts a copy of the first layer in its place, as a surgery with better layers does."""
+
+    def apply(self, parts: Parts) -> Parts:
+        model: Any = parts.model
+        layer = nn.Linear(model[0].in_features, model[0].out_features, device="meta")
+        layer.weight = nn.Parameter(model[0].weight.detach().clone())
+        layer.bias = nn.Parameter(model[0].bias.detach().clone())
+        model[0] = layer
+        return parts
+
+
+def train_with_copies(provides: str) -> str:
+    """Train a model given as a function; returns what it said and the problem there was."""
+    claims = Claims(edits="model.modules", provides=provides or ())
+    surgery = Component("copying", "copies", Copying, claims=claims)
+    trainer = Trainer(strategy="fsdp", surgery=[surgery], max_steps=1, barebones=True)
+    data = DataLoader(TensorDataset(*models.features(4)), 4)
+    optimizer = partial(SGD, lr=0.1)
+    try:
+        trainer.fit(models.mlp, data, loss=F.cross_entropy, optimizer=optimizer)
+    except InvalidArgument as error:
+        return str(error)
+    return trainer.plan.explain()
+
+
+def test_a_model_whose_weights_a_surgery_copies_is_built_whole() -> None:
+    (explained,) = run_ranks(train_with_copies, 1, "weights.replaced")
+
+    assert "adjusted to deferred_init=False" in explained
+
+
+def test_copies_of_weights_that_were_left_out_are_refused() -> None:
+    """The control: without the claim, the model is there without values."""
+    (problem,) = run_ranks(train_with_copies, 1, "")
+
+    assert "'0.weight' was computed from weights that have no values yet" in problem
 
 
 # ---- the troubles --------------------------------------------------------------------------------

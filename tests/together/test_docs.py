@@ -1,4 +1,4 @@
-"""Every Python block of the documentation and every example runs.
+"""Every Python block of the documentation runs; the examples have tests of their own.
 
 An HTML comment in front of a block says more about it:
 ``<!-- continue -->`` runs it after the block before it, in one script;
@@ -26,8 +26,6 @@ PAGES = [
     ROOT / "core" / "README.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-# The language model has tests of its own, in test_language_model.py.
-EXAMPLES = sorted(path for path in ROOT.glob("examples/*.py") if path.name != "gpt.py")
 BLOCK = re.compile(
     r"^(?:<!-- (?P<word>\w+)(?:: (?P<value>[^>]+))? -->\n)?"
     r"```(?P<language>\w+)\n(?P<code>.*?)^```$",
@@ -75,7 +73,8 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 
 def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run Python in ``folder``, whose modules it can import."""
-    environ = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -167,11 +166,3 @@ def test_listing_module_in_the_readme_is_the_one_of_the_contracts_page() -> None
         return blocks[0].partition("@dataclass")[2].partition("@hookimpl")[0]
 
     assert listing(ROOT / "README.md") == listing(ROOT / "docs" / "contracts.md")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs_in_two_processes(example: Path, tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-    run(*torchrun, str(example), folder=tmp_path)

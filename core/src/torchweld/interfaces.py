@@ -391,6 +391,9 @@ class ModelHandle(Protocol):
     def named_parameters(self) -> Iterable[tuple[str, Any]]:
         """Canonical names."""
 
+    def bytes_per_rank(self) -> Mapping[str, int]:
+        """Bytes that this rank holds now: of ``parameters``, ``optimizer`` and ``gradients``."""
+
 
 class Run(Protocol):
     """The own-loop door: whatever fit does is here under a name, and fit is written with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -57,3 +57,7 @@ class Handle:
     def named_parameters(self) -> Iterable[tuple[str, Any]]:
         """Canonical names and parameters, as the strategy holds them."""
         return self._prepared.named_parameters()
+
+    def bytes_per_rank(self) -> Mapping[str, int]:
+        """Bytes that this rank holds now: of ``parameters``, ``optimizer`` and ``gradients``."""
+        return self._prepared.bytes_per_rank()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchweld import Claims, Component, Rel, Settings
+from torchweld import Adapt, Claims, Component, Rel, Settings
 from torchweld_fsdp.options import FsdpOptions
 
 LACKS = {
@@ -50,6 +50,7 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
         lacks=lacks,
         requires=tuple(requires),
         forbids=tuple(forbids),
+        adapts=_WHOLE_FIRST,
         settles=(*_SETTLES, _COPIES) if keeps_copies else _SETTLES,
     )
 
@@ -77,6 +78,11 @@ _CUDA = Rel(
     "device.cuda",
     "cpu_offload moves shards to host memory and back, and on the CPU they are there already",
     "leave cpu_offload out",
+)
+_WHOLE_FIRST = Adapt(
+    {"deferred_init": False},
+    "a model given as a function is built whole, as a surgery copies weights into new layers",
+    when="weights.replaced",
 )
 _COPIES = (
     "each process keeps a 16-bit copy of every weight from forward to backward",
