@@ -195,7 +195,8 @@ class Prepared:
             None where nothing has to be told.
         grad_norm: full norm of the last step, a plain tensor equal on all ranks; None where
             nobody needed it.
-        alone: freeze the other models of this run meanwhile (GAN).
+        frozen: no parameter of this model takes a gradient meanwhile: the passes of another model
+            of the run go through it (GAN).
         named_parameters: canonical names.
         shards: collective; core writes, hashes, renames.
         restore: collective; clears optimizer state first.
@@ -216,7 +217,7 @@ class Prepared:
     step_closure: Callable[[Callable[[], Tensor]], bool] | None
     window: Callable[[bool, int], None] | None
     grad_norm: Callable[[], Tensor | None]
-    alone: Callable[[], AbstractContextManager[None]]
+    frozen: Callable[[], AbstractContextManager[None]]
     named_parameters: Callable[[], Iterable[tuple[str, Any]]]
     shards: Callable[[], Iterable[Shard]]
     restore: Callable[[ShardReader], None]
@@ -404,7 +405,7 @@ class Run(Protocol):
 
     @property
     def model(self) -> ModelHandle:
-        """The only one, where there is one."""
+        """The only one; where there are several, using it is an error that lists them."""
 
     @property
     def plan(self) -> Plan:

@@ -34,7 +34,8 @@ from torchweld.setup.flags import (
 from torchweld.setup.launching import Launched, start
 from torchweld.setup.opening import open_run
 from torchweld.setup.requests import Config, FitRequest
-from torchweld.setup.setting_up import wire
+from torchweld.setup.setting_up import bind_one, wire
+from torchweld.setup.several import bind_several
 from torchweld.setup.versions import headline
 
 if TYPE_CHECKING:
@@ -187,7 +188,9 @@ class Trainer:
         """Train ``model`` to the end; every rank calls it.
 
         Args:
-            model: an ``nn.Module``, or a function that builds one.
+            model: an ``nn.Module``, or a function that builds one; or a mapping of several by name.
+                Then ``optimizer``, ``lr_scheduler``, ``param_groups`` and ``init_weights`` are
+                mappings with the same names, and a model with ``optimizer={…: None}`` is frozen.
             train: a Dataset (with a batch size in ``data=``), a DataLoader, or batches.
             val: validation data, or a mapping of several.
             loss: ``(outputs, targets) -> scalar``, the mean over samples, or a mapping with
@@ -237,7 +240,8 @@ class Trainer:
         """Prepare a run for an own loop: ``with trainer.prepare(…) as run``; as :meth:`fit`.
 
         The body reads ``run.batches()`` and calls ``run.backward(loss)`` and ``run.step()`` exactly
-        once for each batch; logging, validation and checkpoints happen between two batches. Without
+        once for each batch; logging, validation and checkpoints happen between two batches. Of
+        several models each has its own: ``run.models["g"].backward(loss)``. Without
         ``with``, ``run.close()`` does the work of the last border.
         """
         request = FitRequest(
@@ -259,7 +263,8 @@ class Trainer:
         where: dict[str, Any] = {"doing": "set-up"}
         with launched.ranks.first_cause(where):
             console = self._console(launched)
-            wiring = wire(launched, request, self._config, console)
+            bind = bind_several if request.names else bind_one
+            wiring = wire(launched, request, self._config, console, bind)
             directory = [str(wiring.directory)] if wiring.directory is not None else []
             console.open("   ".join([headline(wiring.plan, wiring.ranks.env), *directory]))
             run, compute = open_run(wiring, request, where)
@@ -312,7 +317,10 @@ class Trainer:
         return predict_model(request, self._launch(), self._config, self._trained(model))
 
     def export(self, path: str | Path) -> Path:
-        """Write the trained weights as one safetensors file; every rank calls it."""
+        """Write the trained weights as one safetensors file; every rank calls it.
+
+        Of several models ``path`` is a directory with one file each: ``path/<name>.safetensors``.
+        """
         if self._run is None:
             raise InvalidArgument("export() writes what was trained: call fit first")
         return self._run.export(path)

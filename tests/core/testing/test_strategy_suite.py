@@ -151,7 +151,7 @@ class Engine:
             step_closure=self.step_closure,
             window=self.window,
             grad_norm=self.grad_norm,
-            alone=nullcontext,
+            frozen=nullcontext,
             named_parameters=self.named,
             shards=self.shards,
             restore=self.restore,

@@ -149,10 +149,11 @@ class Borders:
             )
 
     def _learning_rates(self) -> dict[str, float]:
-        optimizer = self._wiring.prepared.optimizer
-        groups = optimizer.param_groups if optimizer is not None else []
-        rates = [float(group["lr"]) for group in groups if "lr" in group]
-        return {"lr" if i == 0 else f"lr/{i}": rate for i, rate in enumerate(rates)}
+        found: dict[str, float] = {}
+        for key, optimizer in self._wiring.optimizers.items():
+            rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+            found.update({key if i == 0 else f"{key}/{i}": rate for i, rate in enumerate(rates)})
+        return found
 
     def _agree_to_stop(self) -> None:
         """A callback may have asked just now; the end of an epoch is worth one more question."""

@@ -19,6 +19,7 @@ from torchweld.nesting import move
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, Metric
     from torchweld.loop.handle import Handle
+    from torchweld.loop.joint import Handles
     from torchweld.processes.ranks import Ranks
 
 
@@ -39,7 +40,7 @@ class Evaluator:
         model: whose layers are in evaluation meanwhile, each back in its own mode afterwards.
     """
 
-    handle: Handle
+    handle: Handle | Handles
     is_collective: bool
     ranks: Ranks
     forward: Callable[[Any], tuple[Any, Any]]
@@ -189,7 +190,7 @@ class evaluating:
     ``no_grad``, not ``inference_mode``: a first forward in the latter breaks FSDP2's training.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle | Handles) -> None:
         self._handle = handle
         self._no_grad = torch.no_grad()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Handle:
     """Calling it is the prepared forward: in evaluation the one for evaluation.
 
     Attributes:
+        others: the other models of the run.
         used: whether it was called since somebody set this to False.
         backward: of the run, for this model; bound when there is a run.
         step: likewise.
@@ -33,6 +34,7 @@ class Handle:
     def __init__(self, prepared: Prepared) -> None:
         self._forward = prepared.forward
         self._prepared = prepared
+        self.others: Sequence[Handle] = ()
         self.used = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,9 +52,20 @@ class Handle:
         """The optimizer whose ``param_groups`` decide the next step."""
         return self._prepared.optimizer
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Freeze the other models of this run meanwhile."""
-        return self._prepared.alone()
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Freeze the other models of this run meanwhile: forward and backward belong inside.
+
+        Gradients flow through the others, and none is left in them or exchanged for them.
+        """
+        with ExitStack() as stack:
+            for other in self.others:
+                stack.enter_context(other.frozen())
+            yield
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Let no parameter of this model take a gradient meanwhile."""
+        return self._prepared.frozen()
 
     def named_parameters(self) -> Iterable[tuple[str, Any]]:
         """Canonical names and parameters, as the strategy holds them."""

@@ -6,7 +6,7 @@ ranks drift apart: a second step for a batch, none, a step without a backward, a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import LoopError
@@ -27,19 +27,25 @@ _FAILED = (
 
 
 class OwnLoop:
-    """Hands out batches; segment and window belong to the run, so a ``break`` loses nothing."""
+    """Hands out batches; segment and window belong to the run, so a ``break`` loses nothing.
 
-    def __init__(self, run: TrainingRun) -> None:
+    Args:
+        backward: gradients of one batch.
+        advance: the optimizer step at the end of a window.
+    """
+
+    def __init__(
+        self, run: TrainingRun, backward: Callable[[Tensor], None], advance: Callable[[], Any]
+    ) -> None:
         self._run = run
-        self._advance = run.wiring.advance()
-        self._backward = run.wiring.prepared.backward
+        self._backward, self._advance = backward, advance
         self._losses = run.wiring.recorder.losses
         self._handle, self._bare = run.wiring.handle, run.wiring.forward_is_bare
         self._segment: Segment | None = None
         self._left = 0  # batches until the next border
         self._size = 1  # micro-batches of the running window
         self._place = 0  # of the next batch in it
-        self._weight = 1.0
+        self._weight = 1.0  # of the loss of the last batch
         self._state = _STEPPED
         self._iterating: Generator[Any, None, None] | None = None
 
@@ -47,6 +53,26 @@ class OwnLoop:
     def in_window(self) -> bool:
         """Whether gradients are waiting for a step."""
         return self._place > 0 or self._state == _BACKWARD_DONE
+
+    @property
+    def weight(self) -> float:
+        """What the loss of the last batch counts, where batches are uneven."""
+        return self._weight
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the last batch begins a window; before its step."""
+        return self._place == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last batch ends its window; before its step."""
+        return self._place == self._size - 1
+
+    @property
+    def begins_segment(self) -> bool:
+        """Whether the last batch is the first after a border."""
+        return not self._losses
 
     def batches(self) -> Iterator[Any]:
         """Batches up to the end of the run; the border work is done between two of them.

@@ -13,9 +13,12 @@ from torch import Tensor
 from torchweld.errors import InvalidArgument, LoopError, Preempted
 from torchweld.interfaces import Env, Progress
 from torchweld.loop.borders import Borders
+from torchweld.loop.exporting import export_models, export_run
 from torchweld.loop.fit_loop import FitLoop
+from torchweld.loop.joint import Handles
 from torchweld.loop.own_loop import OwnLoop
-from torchweld.loop.saving import async_save_run, export_run, save_run
+from torchweld.loop.saving import async_save_run, save_run
+from torchweld.loop.several import SeveralLoop
 from torchweld.loop.timetable import Segment, next_segment
 from torchweld.loop.weighing import Weigher
 from torchweld.processes.ending import EndAsked
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from torchweld.loop.handle import Handle
     from torchweld.loop.wiring import Wiring
     from torchweld.plan import Plan
 
@@ -63,6 +67,7 @@ class TrainingRun:
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
     loss: Callable[[Any, Any], Any]
+    models: Mapping[str, Handle]
 
     def __init__(self, wiring: Wiring, where: dict[str, Any]) -> None:
         self.position = Position()
@@ -79,16 +84,24 @@ class TrainingRun:
         self.plan: Plan = wiring.plan
         self.weigher = Weigher(wiring.feed.loader, wiring.ranks.world_size, self.position)
         self.borders = Borders(self)
-        self._own = OwnLoop(self)
+        self.model: Any
+        self._own: OwnLoop | SeveralLoop
+        self.model = handle = wiring.handle
+        if isinstance(handle, Handles):
+            self._own = SeveralLoop(self)
+            self.models = {name: member.handle for name, member in wiring.members.items()}
+            if len(self.models) == 1:
+                (self.model,) = self.models.values()
+        else:
+            self._own = OwnLoop(self, wiring.prepared.backward, wiring.advance())
+            self.models = {"model": handle}
+            handle.backward, handle.step = self._own.backward, self._own.step
         self.batches, self.backward, self.step = (
             self._own.batches,
             self._own.backward,
             self._own.step,
         )
         self.loss = _bind_loss(wiring)
-        self.model = wiring.handle
-        self.model.backward, self.model.step = self.backward, self.step
-        self.models = {"model": self.model}
 
     @property
     def env(self) -> Env:
@@ -177,7 +190,12 @@ class TrainingRun:
             )
 
     def export(self, path: str | Path) -> Path:
-        """Write the consolidated weights as one safetensors file; every rank must call it."""
+        """Write the consolidated weights as one safetensors file; every rank must call it.
+
+        Of several models ``path`` is a directory with one file each: ``path/<name>.safetensors``.
+        """
+        if self.wiring.members:
+            return export_models(self.wiring, path)
         return export_run(self.wiring, path)
 
     def stop(self) -> None:

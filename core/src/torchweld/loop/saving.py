@@ -16,8 +16,6 @@ from torchweld.checkpoint import (
     best,
     decode,
     encode,
-    export_shards,
-    export_weights,
     last,
     rank_name,
     snapshot,
@@ -319,68 +317,3 @@ def _resumed_line(
             "random states are new ones"
         )
     return line
-
-
-# ---- weights alone -----------------------------------------------------------------------------
-
-
-def export_run(wiring: Wiring, path: str | Path) -> Path:
-    """Write the consolidated weights as one safetensors file; every rank must call it.
-
-    The file's header names the surgeries that renamed or replaced parameters: ``apply_surgery``
-    with them makes the model that loads it.
-
-    Raises:
-        CheckpointError: it could not be written; on all ranks.
-    """
-    with wiring.ranks.first_cause({"doing": "export"}):
-        return _export_together(wiring, Path(path))
-
-
-def _export_together(wiring: Wiring, target: Path) -> Path:
-    ranks = wiring.ranks
-    metadata = {
-        "format": "pt",
-        "torchweld_surgeries": json.dumps([c.name for c in wiring.plan.surgeries]),
-        "torchweld_plan": wiring.plan.digest,
-    }
-    shards = list(wiring.prepared.shards())
-    everything_on_rank_0 = all(
-        text == "0" for text in ranks.exchange("export", str(len(shards)))[1:]
-    )
-    if everything_on_rank_0:
-        problem = (
-            _try_export(lambda: export_shards(shards, target, metadata)) if not ranks.rank else ""
-        )
-    else:
-        part = target.with_name(f".{target.name}.shards")
-        write(
-            part,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            exchange=ranks.exchange,
-            shards=(shard for shard in shards if shard.name.startswith("model/")),
-            header={},
-        )
-        problem = (
-            _try_export(lambda: _consolidate(part, target, metadata)) if not ranks.rank else ""
-        )
-    failed = ranks.exchange("exported", problem)[0]
-    if failed:
-        raise CheckpointError(f"the weights could not be written to {target}: {failed}")
-    return target
-
-
-def _try_export(export: Any) -> str:
-    try:
-        export()
-    except (OSError, CheckpointError) as error:
-        return str(error)
-    return ""
-
-
-def _consolidate(part: Path, target: Path, metadata: Mapping[str, str]) -> None:
-    import shutil
-
-    export_weights(Checkpoint.open(part), target, metadata)
-    shutil.rmtree(part)

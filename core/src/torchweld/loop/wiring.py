@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchweld.loop.evaluation import Evaluator
     from torchweld.loop.feed import Feed
     from torchweld.loop.handle import Handle
+    from torchweld.loop.joint import Handles
     from torchweld.loop.recorder import Recorder
     from torchweld.loop.timetable import Timetable
     from torchweld.plan import Plan
@@ -40,6 +41,26 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of several models of a run.
+
+    Attributes:
+        model: the bare module after surgery.
+        scheduler: stepped after each applied step of this model, or None.
+    """
+
+    model: nn.Module
+    prepared: Prepared
+    handle: Handle
+    scheduler: Any | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has an optimizer; without one it is frozen and stays in evaluation."""
+        return self.prepared.optimizer is not None
+
+
+@dataclass(frozen=True)
 class Wiring:
     """The parts of a run.
 
@@ -55,6 +76,8 @@ class Wiring:
         optimizer_class: of the optimizer that the user asked for.
         provides: tokens of the strategy.
         make_loader: ``data -> loader`` for evaluation.
+        members: the models by name where there are several; ``prepared`` is then all of them
+            together.
     """
 
     plan: Plan
@@ -62,7 +85,7 @@ class Wiring:
     model: nn.Module
     parts: Parts
     prepared: Prepared
-    handle: Handle
+    handle: Handle | Handles
     table: Timetable
     feed: Feed
     recorder: Recorder
@@ -82,11 +105,20 @@ class Wiring:
     provides: frozenset[str]
     make_loader: Callable[[Any], Loader]
     loss: Callable[[Any, Any], Any] | None
+    members: Mapping[str, Member] = field(default_factory=dict)
 
     @property
     def is_closure(self) -> bool:
         """Whether the optimizer evaluates the loss itself."""
         return needs_closure(self.prepared.optimizer)
+
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizers by the name under which their learning rate is logged."""
+        if not self.members:
+            return {} if self.prepared.optimizer is None else {"lr": self.prepared.optimizer}
+        trained = {name: member for name, member in self.members.items() if member.trains}
+        return {f"lr/{name}": member.prepared.optimizer for name, member in trained.items()}
 
     @property
     def forward_is_bare(self) -> bool:

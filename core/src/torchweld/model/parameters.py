@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -265,6 +266,19 @@ def _refuse_uncovered(names: Sequence[str], trainable: Sequence[str]) -> None:
             f"TW503  {len(missing) + len(double)} trainable parameters are {'; '.join(what)}: the "
             f"optimizer must be made of the groups it is given, e.g. {_FACTORY}"
         )
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no parameter take a gradient meanwhile; those that took one do so again afterwards."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class TrainableWatch:

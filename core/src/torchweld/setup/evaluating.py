@@ -115,6 +115,11 @@ def _fresh(
 ) -> tuple[Evaluator, MakeLoader, EvaluationRun]:
     if request.model is None:
         raise InvalidArgument("model=None: nothing was trained yet; give the model to evaluate")
+    if isinstance(request.model, Mapping):
+        raise InvalidArgument(
+            f"model={{{', '.join(request.model)}}} was not trained by this Trainer: several models "
+            "are evaluated after prepare, with model=None; else evaluate one that contains them"
+        )
     console = Console(speaks=launched.ranks.rank == 0, quiet=config.extras.barebones)
     fit_request = FitRequest(
         request.model, loss=request.loss or _no_loss, init_weights=request.init_weights

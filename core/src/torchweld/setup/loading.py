@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import LoaderRequest, RunFacts
 from torchweld.loop.timetable import Timetable
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
     from torchweld.loop.console import Console
     from torchweld.setup.flags import Duration
     from torchweld.setup.launching import Launched
+
+
+def data_seed(launched: Launched) -> int:
+    """The seed of the order of samples, alike on all ranks.
+
+    Without ``seed=`` it is what torch was seeded with on rank 0, which draws no random number.
+    """
+    seed = launched.plan.settings.seed
+    if seed is not None:
+        return seed
+    mine = str(torch.initial_seed() % 2**62)
+    return int(launched.ranks.exchange("data seed", mine)[0])
 
 
 def train_loader(

@@ -139,7 +139,8 @@ def _first_batch(run: TrainingRun, request: FitRequest) -> Compute | None:
         if request.val_sets and request.eval_step is None and isinstance(batch, (tuple, list)):
             check_pair(batch)
     else:
-        if request.own_loop and not (_asks_for_soft_targets(wiring) and _is_pair(batch)):
+        tries = not request.names and _asks_for_soft_targets(wiring) and _is_pair(batch)
+        if request.own_loop and not tries:
             run.plan = plan  # what the body of an own loop makes of a batch is its own affair
             return None
         _check_form(wiring, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchweld.errors import InvalidArgument
+from torchweld.model.names import canonical
+from torchweld.spelling import did_you_mean, listing
 
 if TYPE_CHECKING:
     from torchweld.plan import Plan
@@ -53,11 +55,8 @@ class FitRequest:
         Raises:
             InvalidArgument: names the argument and what to give.
         """
-        if isinstance(self.model, Mapping):
-            raise InvalidArgument(
-                "several models in one run are not supported yet: give one nn.Module, or a "
-                "function that returns one"
-            )
+        if self.names:
+            check_several(self)
         if self.train is None:
             raise InvalidArgument(
                 "train=None: give a Dataset, a DataLoader or an iterable of batches"
@@ -66,14 +65,23 @@ class FitRequest:
             raise InvalidArgument(
                 "optimizer=None: give a factory such as functools.partial(torch.optim.SGD, lr=0.1)"
             )
-        if self.lr_scheduler is not None and not callable(self.lr_scheduler):
-            raise InvalidArgument(
-                f"lr_scheduler={type(self.lr_scheduler).__name__}(…) belongs to an optimizer made "
-                "before; give a function (optimizer, total_steps) -> scheduler"
-            )
-        check_functions(self, "loss", "step", "eval_step", "param_groups")
+        schedulers = self.lr_scheduler if self.names else {"": self.lr_scheduler}
+        for scheduler in (schedulers or {}).values():
+            if scheduler is not None and not callable(scheduler):
+                raise InvalidArgument(
+                    f"lr_scheduler={type(scheduler).__name__}(…) belongs to an optimizer made "
+                    "before; give a function (optimizer, total_steps) -> scheduler"
+                )
+        check_functions(self, "loss", "step", "eval_step")
+        if not self.names:
+            check_functions(self, "param_groups")
         check_metric_names(self.metrics)
         _check_loss_parameters(self.loss, self.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models where a mapping of several was given, else none."""
+        return tuple(self.model) if isinstance(self.model, Mapping) else ()
 
     @property
     def model_has_loss(self) -> bool:
@@ -86,6 +94,72 @@ class FitRequest:
         if self.val is None:
             return {}
         return dict(self.val) if isinstance(self.val, Mapping) else {"": self.val}
+
+
+def check_several(request: FitRequest) -> None:
+    """Refuse mappings that do not fit each other, before anything is started.
+
+    Raises:
+        InvalidArgument: names the argument and what to give.
+    """
+    names = request.names
+    for name in names:
+        if not str(name).isidentifier() or _is_taken(name):
+            raise InvalidArgument(
+                f"model={{{name!r}: …}}: parameters are named after their model, so give a name "
+                "such as 'generator'"
+            )
+    for argument in ("optimizer", "lr_scheduler", "param_groups", "init_weights"):
+        given = getattr(request, argument)
+        if given is not None:
+            _check_mapping(argument, given, names)
+    missing = [name for name in names if name not in (request.optimizer or {})]
+    if request.optimizer is not None and missing:
+        raise InvalidArgument(
+            f"optimizer has none for the model {missing[0]!r}: give optimizer={{{missing[0]!r}: "
+            "functools.partial(torch.optim.SGD, lr=0.1)}, or None to keep the model frozen"
+        )
+    if request.val is not None and request.eval_step is None:
+        raise InvalidArgument(
+            f"val= was given with the models {listing(names)}: say how they are evaluated, "
+            "eval_step=(run, batch) -> (outputs, targets)"
+        )
+    _check_trained(request)
+
+
+def _is_taken(name: str) -> bool:
+    # A wrapper's own name is left out of every parameter's.
+    return hasattr(nn.ModuleDict(), name) or canonical(name) != name
+
+
+def _check_mapping(argument: str, given: Any, names: Sequence[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(
+            f"{argument}={type(given).__name__} was given for several models: give a mapping with "
+            f"their names ({listing(names)})"
+        )
+    for name in given:
+        if name not in names:
+            meant = did_you_mean(str(name), names) or f"the models are {listing(names)}"
+            raise InvalidArgument(f"{argument} names {name!r}, which is no model: {meant}")
+
+
+def _check_trained(request: FitRequest) -> None:
+    trained = [name for name, one in (request.optimizer or {}).items() if one is not None]
+    if request.optimizer is not None and not trained:
+        raise InvalidArgument("optimizer is None for every model: nothing would be trained")
+    if request.own_loop:
+        return
+    if request.step is None:
+        raise InvalidArgument(
+            f"fit was given the models {listing(request.names)} and no step=: it cannot know how a "
+            "loss is made of them; give step=(run, batch) -> loss, or write the loop with prepare"
+        )
+    if len(trained) > 1:
+        raise InvalidArgument(
+            f"fit trains one model with one loss, and {listing(trained)} have optimizers: write "
+            "the loop with prepare, where each has its backward and step"
+        )
 
 
 def check_functions(request: Any, *names: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchweld import rng
 from torchweld.callbacks import ModelCheckpoint
-from torchweld.errors import CheckpointError, InvalidArgument, PlanError, RunError
+from torchweld.errors import InvalidArgument, PlanError, RunError
 from torchweld.interfaces import Parts, SetupRequest
 from torchweld.loop.console import Console
 from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform, check_metrics
@@ -35,11 +33,14 @@ from torchweld.model.parameters import (
     model_lines,
     without_frozen_groups,
 )
-from torchweld.model.remaking import Outcome, Weights, build_model, numbered, operate_all
+from torchweld.model.remaking import Outcome, numbered, operate_all
+from torchweld.model.several import build_models, each_its_own, weights_of
 from torchweld.processes.agree import agree_on_model
 from torchweld.resolving.explain import render_problems
+from torchweld.setup.directory import make_directory
 from torchweld.setup.launching import Launched, build, guarded
 from torchweld.setup.loading import (
+    data_seed,
     evaluation_loader,
     make_timetable,
     run_numbers,
@@ -50,7 +51,9 @@ from torchweld.setup.memory import memory_report, parameter_shapes, summary
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, ParamGroup, Prepared
+    from torchweld.loop.joint import Handles
     from torchweld.loop.timetable import Timetable
+    from torchweld.loop.wiring import Member
     from torchweld.plan import Plan
     from torchweld.setup.requests import Config, FitRequest
 
@@ -69,17 +72,18 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     """Seed, build the model, decide what it tells, operate, and compare the ranks' models."""
     if launched.plan.settings.seed is not None:
         rng.seed_all(launched.plan.settings.seed)
-    model = build_model(request.model, launched)
+    model = build_models(request.model, launched)
     visible = request.loss is not None and request.step is None
     facts = {**model_facts(model), **loss_facts(request.loss, visible=visible)}
     launched = replace(launched, plan=decided(launched.plan, facts))
-    weights = Weights(request.init_weights)
+    weights = weights_of(request.init_weights, request.names)
     weights.load_early(model)
     if isinstance(request.model, torch.nn.Module):
         check_materialised(model)  # a strategy that built it itself may fill it later
-    factory = as_factory(request.optimizer, model, request.param_groups)
+    rule = None if request.names else request.param_groups
+    factory = each_its_own if request.names else as_factory(request.optimizer, model, rule)
     parts = Parts(
-        model, request.loss, param_groups=request.param_groups, optimizer=factory,
+        model, request.loss, param_groups=rule, optimizer=factory,
         callbacks=config.extras.callbacks,
     )  # fmt: skip
     # Made anew for every run: a surgery may keep things between the steps of one.
@@ -186,8 +190,62 @@ def _groups(parts: Parts, provides: frozenset[str], console: Console) -> list[Pa
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def wire(launched: Launched, request: FitRequest, config: Config, console: Console) -> Wiring:
-    """Make everything of a training run."""
+@dataclass(frozen=True)
+class Bound:
+    """The model, or several as one, under the strategy: what a run needs of it.
+
+    Attributes:
+        reports: callbacks that tell what it holds.
+        members: the models by name, where there are several.
+    """
+
+    ready: Ready
+    handle: Handle | Handles
+    scheduler: Any | None
+    reports: tuple[Any, ...]
+    members: Mapping[str, Member] = field(default_factory=dict)
+
+
+Bind = Callable[[Remade, "FitRequest", "Timetable", "Config", Console], Bound]
+
+
+def bind_one(
+    remade: Remade,
+    request: FitRequest,
+    table: Timetable,
+    config: Config,
+    console: Console,
+    *,
+    label: str = "",
+) -> Bound:
+    """Set one model up, with its scheduler and a word on what it holds.
+
+    Args:
+        label: put before what is said of it.
+    """
+    launched, parts = remade.launched, remade.parts
+    plan = launched.plan
+    shapes = parameter_shapes(parts.model)  # before the strategy replaces them
+    ready = set_up(remade, console)
+    check_closure(ready.prepared, plan)
+    reports: tuple[Any, ...] = ()
+    if config.extras.model_summary:
+        console.say(label + summary(plan, parts.model, ready.prepared))
+        if ready.prepared.optimizer is not None:
+            say = lambda line: console.say(label + line)  # noqa: E731
+            reports = memory_report(launched, shapes, ready.prepared, say)
+    scheduler = _scheduler(request, ready.prepared, table)
+    return Bound(ready, Handle(ready.prepared), scheduler, reports)
+
+
+def wire(
+    launched: Launched,
+    request: FitRequest,
+    config: Config,
+    console: Console,
+    bind: Bind = bind_one,
+) -> Wiring:
+    """Make everything of a training run; ``bind`` sets one model up, or several."""
     remade = remake(launched, request, config, console)
     launched, parts = remade.launched, remade.parts
     ranks, extras, plan = launched.ranks, config.extras, remade.launched.plan
@@ -201,16 +259,10 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
     log_every = None if extras.barebones else extras.log_every_n_steps
     table = make_timetable(launched, loader, config.duration, log_every, console)
     check_numbers(config, plan, loader, table, ranks.world_size, console)
-    shapes = parameter_shapes(parts.model)  # before the strategy replaces them
-    ready = set_up(remade, console)
-    check_closure(ready.prepared, plan)
-    if extras.model_summary:
-        console.say(summary(plan, parts.model, ready.prepared))
-        report = memory_report(launched, shapes, ready.prepared, console.say)
-        parts = replace(parts, callbacks=(*report, *parts.callbacks))
-    scheduler = _scheduler(request, ready.prepared, table)
-    directory = _directory(launched, config)
-    handle = Handle(ready.prepared)
+    bound = bind(remade, request, table, config, console)
+    ready, handle = bound.ready, bound.handle
+    parts = replace(parts, callbacks=(*bound.reports, *parts.callbacks))
+    directory = make_directory(launched.ranks, config.extras, launched.plan.short)
     transform = bind_transform(
         ranks.env.device, getattr(loader, "on_device", False), parts.input_transforms
     )
@@ -240,7 +292,7 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
             parts.model,
         ),
         validation=validation(make_loader, request.val_sets, config.duration),
-        scheduler=scheduler,
+        scheduler=bound.scheduler,
         callbacks=callbacks,
         loggers=make_loggers(extras.logger, directory) if ranks.rank == 0 else [],
         console=console,
@@ -254,19 +306,8 @@ def wire(launched: Launched, request: FitRequest, config: Config, console: Conso
         provides=ready.provides,
         make_loader=make_loader,
         loss=parts.loss,
+        members=bound.members,
     )
-
-
-def data_seed(launched: Launched) -> int:
-    """The seed of the order of samples, alike on all ranks.
-
-    Without ``seed=`` it is what torch was seeded with on rank 0, which draws no random number.
-    """
-    seed = launched.plan.settings.seed
-    if seed is not None:
-        return seed
-    mine = str(torch.initial_seed() % 2**62)
-    return int(launched.ranks.exchange("data seed", mine)[0])
 
 
 def check_numbers(
@@ -327,47 +368,6 @@ def _scheduler(request: FitRequest, prepared: Prepared, table: Timetable) -> Any
             "stepped after each optimizer step: choose another, or call it in a callback"
         )
     return scheduler
-
-
-def _directory(launched: Launched, config: Config) -> Path | None:
-    """Make the directory of the run, if anything is to be written; alike on all ranks.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    extras, ranks = config.extras, launched.ranks
-    if not extras.checkpointing and extras.logger is not True:
-        return None
-    made = ""
-    if ranks.rank == 0:
-        name = f"{time.strftime('%m%d-%H%M')}-{launched.plan.short}"
-        made = _make_directory(extras.root, name)
-    answer = ranks.exchange("run directory", made)[0]
-    if answer.startswith("cannot"):
-        raise CheckpointError(
-            f"default_root_dir={str(extras.root)!r} {answer}: choose another, or write nothing "
-            "with enable_checkpointing=False, logger=False"
-        )
-    return Path(answer)
-
-
-def _make_directory(root: Path, name: str) -> str:
-    """Make ``root/name`` (with a number if it is taken) and return it, or why it cannot be."""
-    for number in range(1, 1000):
-        directory = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            directory.mkdir(parents=True)
-            probe = directory / ".probe"
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except FileExistsError:
-            if not directory.is_dir():
-                return f"cannot be made: {directory} is a file"
-            continue
-        except OSError as error:
-            return f"cannot be written: {error}"
-        return str(directory)
-    return "cannot be made: there are a thousand runs of this minute"
 
 
 def _callbacks(callbacks: tuple[Any, ...], config: Config) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from torchweld.interfaces import Prepared, Shard, ShardReader
 from torchweld.model.names import named_parameters, persistent_buffers
-from torchweld.model.parameters import check_materialised
+from torchweld.model.parameters import check_materialised, frozen
 from torchweld.model.precision import cast_dtype, forward_under
 from torchweld.strategies.optimizer_state import (
     optimizer_shards,
@@ -78,7 +77,7 @@ def prepare_replicated(
         step_closure=optimizing.with_closure if optimizing and not optimizing.scaler else None,
         window=scale.open if settings.accumulate_grad_batches > 1 else None,
         grad_norm=lambda: optimizing.norm if optimizing else None,
-        alone=nullcontext,
+        frozen=lambda: frozen(model.parameters()),
         named_parameters=partial(named_parameters, model),
         shards=lambda: _shards(model, optimizer) if env.rank == 0 else iter(()),
         restore=lambda reader: _restore(model, optimizer, reader),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Prepared
+from torchweld.model.parameters import frozen
 from torchweld.nesting import cast_floats
 from torchweld.strategies.replicated import (
     broadcast_weights,
@@ -168,7 +168,7 @@ class _Preparing:
             step_closure=None,
             window=self._open if settings.accumulate_grad_batches > 1 else None,
             grad_norm=lambda: grad_norm(made.engine) if settings.gradient_clip_val else None,
-            alone=nullcontext,
+            frozen=lambda: frozen(self.model.parameters()),
             named_parameters=lambda: named_parameters(self.model),
             shards=state.shards,
             restore=state.restore,

@@ -6,8 +6,8 @@ Source: Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Da
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from torchweld.components import Settings
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Env, ParameterShape, Prepared, SetupRequest
 from torchweld.model.names import named_parameters
+from torchweld.model.parameters import frozen
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizing import OptimizerStep, make_optimizer
 from torchweld.strategies.replicated import (
@@ -205,7 +206,7 @@ class _Preparation:
             step_closure=optimizing.with_closure if optimizing and not optimizing.scaler else None,
             window=self.scale.open if settings.accumulate_grad_batches > 1 else None,
             grad_norm=lambda: optimizing.norm if optimizing else None,
-            alone=nullcontext,
+            frozen=self._frozen,
             named_parameters=self._named_parameters,
             shards=lambda: self._checked(state).shards(optimizer),
             restore=lambda reader: self._checked(state).restore(optimizer, reader),
@@ -254,6 +255,14 @@ class _Preparation:
     def _set_mode(self, train: bool) -> None:
         self._check()
         set_mode(self.model, self.env, train)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        # A gathered parameter takes over whether it is trained when it is gathered, and only then.
+        self.sharded.reshard()
+        with frozen(self.model.parameters()):
+            yield
+            self.sharded.reshard()
 
     def _named_parameters(self) -> Iterable[tuple[str, Any]]:
         self.sharded.reshard()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from torchweld.errors import RunError
 from torchweld.interfaces import Prepared
+from torchweld.model.parameters import frozen
 from torchweld.model.precision import forward_under
 from torchweld.strategies.optimizing import OptimizerStep
 from torchweld.strategies.replicated import (
@@ -222,7 +222,7 @@ def _bind(root: Any, request: SetupRequest, notes: Sequence[str]) -> Prepared:
         step_closure=optimizing.with_closure if optimizing else None,
         window=scale.open if settings.accumulate_grad_batches > 1 else None,
         grad_norm=lambda: optimizing.norm if optimizing else None,
-        alone=nullcontext,
+        frozen=lambda: frozen(root.parameters()),
         named_parameters=lambda: named_shards(root),
         shards=state.shards,
         restore=state.restore,

@@ -1,0 +1,235 @@
+"""The own loop over several models: each with its own backward, step and place in the window."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torchweld.errors import InvalidArgument, LoopError
+from torchweld.loop.handle import NOT_THE_RUNS_MODEL
+from torchweld.loop.own_loop import OwnLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from torchweld.loop.run import TrainingRun
+    from torchweld.loop.wiring import Member, Wiring
+
+_UNUSED, _BACKWARD_BEGUN, _BACKWARD_DONE, _STEPPED = range(4)
+
+
+@dataclass
+class _Turn:
+    """What one model did with the running batch."""
+
+    name: str
+    member: Member
+    advance: Callable[[], Any]
+    state: int = _STEPPED
+    loss: Tensor | None = None
+
+    @property
+    def forward_is_bare(self) -> bool:
+        """Whether calling the user's module is the same as calling the handle."""
+        return self.member.prepared.forward is self.member.model
+
+
+class SeveralLoop:
+    """Hands out batches; of each, a model has exactly one backward and then one step, or neither.
+
+    At least one model must be used with a batch. Batch, window and position are kept by an
+    ``OwnLoop``, which is told of a batch once all models that used it were stepped.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._own = OwnLoop(run, _nothing, _nothing)
+        self._turns = {
+            name: _Turn(name, member, _advance(run.wiring, member))
+            for name, member in run.wiring.members.items()
+            if member.trains
+        }
+        self._is_open = False  # a batch was handed out and is not settled
+        self._window: set[str] = set()  # models that the running window began with
+        self._iterating: Generator[Any, None, None] | None = None
+        for name, member in run.wiring.members.items():
+            turn = self._turns.get(name)
+            handle = member.handle
+            handle.backward = partial(self._backward, turn) if turn else partial(_frozen, name)
+            handle.step = partial(self._step, turn) if turn else partial(_frozen, name, None)
+
+    @property
+    def in_window(self) -> bool:
+        """Whether gradients are waiting for a step; a batch that all its models used is done."""
+        if any(turn.state in {_BACKWARD_BEGUN, _BACKWARD_DONE} for turn in self._turns.values()):
+            return True
+        self._settle()
+        return self._own.in_window
+
+    def batches(self) -> Iterator[Any]:
+        """Batches up to the end of the run; the border work is done between two of them.
+
+        Raises:
+            LoopError: a model had its backward with the batch before and not its step, or no model
+                used it.
+        """
+        self._settle()
+        if self._iterating is not None:
+            self._iterating.close()
+        self._iterating = self._hand_out()
+        return self._iterating
+
+    def _hand_out(self) -> Generator[Any, None, None]:
+        with closing(self._own.batches()) as batches:  # type: ignore[type-var]  # a generator
+            for batch in batches:
+                self._is_open = True
+                for turn in self._turns.values():
+                    turn.state, turn.member.handle.used = _UNUSED, False
+                yield batch
+                self._settle()
+
+    # ---- of the only trained model -------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the only model that is trained.
+
+        Raises:
+            LoopError: several are.
+        """
+        self._backward(self._only("backward(loss)"), loss)
+
+    def step(self) -> None:
+        """The step of the only model that is trained.
+
+        Raises:
+            LoopError: several are.
+        """
+        self._step(self._only("step()"))
+
+    def _only(self, what: str) -> _Turn:
+        if len(self._turns) > 1:
+            name, *_ = self._turns
+            raise LoopError(
+                f"run.{what} was called, and this run trains several models "
+                f"({', '.join(self._turns)}): call it of one, run.models[{name!r}].{what}"
+            )
+        return next(iter(self._turns.values()))
+
+    # ---- of one of the models --------------------------------------------------------------------
+
+    def _backward(self, turn: _Turn, loss: Tensor) -> None:
+        what = f"run.models[{turn.name!r}].backward(loss)"
+        if turn.state in {_BACKWARD_BEGUN, _BACKWARD_DONE}:
+            raise LoopError(
+                f"{what} was called twice for one batch, or failed the first time: add the losses "
+                "of one model up before it"
+            )
+        if turn.state == _STEPPED:
+            raise LoopError(f"{what} was called without a new batch of run.batches()")
+        if not (turn.member.handle.used or turn.forward_is_bare):
+            raise LoopError(NOT_THE_RUNS_MODEL.replace("run.model", f"run.models[{turn.name!r}]"))
+        looks = self._own.begins_segment and self._own.is_first
+        turn.state = _BACKWARD_BEGUN
+        weight = self._own.weight
+        turn.member.prepared.backward(loss if weight == 1.0 else loss * weight)
+        turn.state = _BACKWARD_DONE
+        turn.loss = loss.detach()
+        if looks:
+            self._check_others(turn)
+
+    def _check_others(self, turn: _Turn) -> None:
+        """Refuse gradients that a loss left in another model; looked for once after each border.
+
+        Without this D would train on G's loss as well, without a word.
+        """
+        for other in self._turns.values():
+            if other is turn or other.state in {_BACKWARD_BEGUN, _BACKWARD_DONE}:
+                continue
+            parameters = other.member.model.parameters()
+            if any(p.grad is not None and p.requires_grad for p in parameters):
+                raise LoopError(
+                    f"the loss of {turn.name!r} left gradients in {other.name!r}, which would be "
+                    f"added to its own: compute it under `with run.models[{turn.name!r}].alone():` "
+                    "or from detached tensors"
+                )
+
+    def _step(self, turn: _Turn) -> None:
+        if turn.state != _BACKWARD_DONE:
+            raise LoopError(
+                f"run.models[{turn.name!r}].step() was called twice for one batch, or without a "
+                "backward of this model before it: call each exactly once a batch"
+            )
+        turn.state = _STEPPED
+        if self._own.is_last:
+            turn.advance()
+
+    # ---- the batch as a whole ------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Count the batch that was handed out; a model that did not use it is left out."""
+        if not self._is_open:
+            return
+        for turn in self._turns.values():
+            if turn.state in {_BACKWARD_BEGUN, _BACKWARD_DONE}:
+                raise LoopError(
+                    f"run.models[{turn.name!r}].step() is missing after its backward, or that "
+                    "failed: call it once for every batch that the model is trained with, also "
+                    "inside an accumulation window, where it only counts"
+                )
+        used = {name: turn for name, turn in self._turns.items() if turn.state == _STEPPED}
+        if not used:
+            return  # the loop underneath refuses to go on
+        self._check_window(set(used))
+        self._is_open = False
+        losses = {name: turn.loss for name, turn in used.items() if turn.loss is not None}
+        for turn in self._turns.values():
+            turn.state, turn.loss = _STEPPED, None
+        if len(self._turns) > 1:
+            noted = {f"train_loss/{name}": loss for name, loss in losses.items()}
+            self._run.wiring.recorder.note(noted)
+        self._run.wiring.handle.used = True  # each model was looked at in its own backward
+        self._own.backward(sum(losses.values()))  # type: ignore[arg-type]  # at least one tensor
+        self._own.step()
+
+    def _check_window(self, used: set[str]) -> None:
+        if self._own.is_first:
+            self._window = used
+        odd = self._window ^ used
+        if odd:
+            raise LoopError(
+                f"{', '.join(sorted(odd))} took part in one batch of an accumulation window and "
+                "not in another, so that a part of its gradients would be missing or left over: "
+                "train a model with every batch of a window or with none"
+            )
+
+    def close(self) -> None:
+        """End the iteration; the border that was reached, if any, is worked off.
+
+        Raises:
+            LoopError: a model had its backward with the last batch and not its step.
+        """
+        if self._iterating is not None:
+            self._iterating.close()
+        self._settle()
+        self._own.close()
+
+
+def _advance(wiring: Wiring, member: Member) -> Callable[[], Any]:
+    """Step and schedule of one model."""
+    return replace(wiring, prepared=member.prepared, scheduler=member.scheduler).advance()
+
+
+def _nothing(*_: Any) -> None:
+    """The models have done it."""
+
+
+def _frozen(name: str, _loss: Any) -> None:
+    raise InvalidArgument(
+        f"the model {name!r} has optimizer={{{name!r}: None}} and is not trained: give it an "
+        "optimizer, or leave its backward and step out"
+    )
