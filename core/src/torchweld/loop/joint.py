@@ -202,11 +202,14 @@ class Handles:
     """Stands where a single model would be: switches all, and refuses to be one.
 
     Attributes:
+        mode: switches all between training and evaluation.
         optimizer: of all of them.
+        bytes_per_rank: of all of them.
     """
 
     def __init__(self, prepared: Prepared, members: Mapping[str, Member]) -> None:
         self.mode, self.optimizer = prepared.mode, prepared.optimizer
+        self.bytes_per_rank = prepared.bytes_per_rank
         self._members = members
         self.backward = self.step = self.alone = self.named_parameters = _refusal(members)
 
