@@ -1,0 +1,125 @@
+"""Fine-tune a pretrained network: its new head first, all of it later.
+
+The network has learnt the digits 0 to 4; what it is to tell apart are 5 to 9.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchweld import Trainer
+from torchweld.interfaces import Border, Run
+
+
+class Net(nn.Module):
+    """A convolutional backbone, and a head for five classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(4, 64), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(batch, 1, 8, 8)`` to logits ``(batch, 5)``."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+
+def load_data() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Digits 0 to 4; 5 to 9 as classes 0 to 4, and 200 of them for validation."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    targets = torch.tensor(digits.target)
+    old = targets < 5
+    new_images, new_targets = images[~old], targets[~old] - 5
+    return (
+        TensorDataset(images[old], targets[old]),
+        TensorDataset(new_images[:-200], new_targets[:-200]),
+        TensorDataset(new_images[-200:], new_targets[-200:]),
+    )
+
+
+def pretrain(data: TensorDataset) -> Net:
+    """What would be downloaded elsewhere."""
+    model = Net()
+    optimizer = AdamW(model.parameters(), lr=3e-3)
+    for _ in range(3):
+        for images, targets in DataLoader(data, 32, shuffle=True):
+            F.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+class Unfreeze:
+    """A callback: trains ``module`` from an epoch on."""
+
+    def __init__(self, module: nn.Module, epoch: int) -> None:
+        self.module, self.epoch = module, epoch
+
+    def at(self, border: Border, run: Run) -> None:
+        """Called between epochs, among other moments."""
+        if border.progress.epoch >= self.epoch:
+            self.module.requires_grad_(requires_grad=True)
+
+
+def slowly(name: str, _module: nn.Module, _parameter: nn.Parameter) -> Mapping[str, object]:
+    """A smaller learning rate for the backbone."""
+    return {"lr": 1e-3} if name.startswith("backbone.") else {}
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Right answers, and how many there could have been."""
+    return (logits.argmax(1) == targets).sum(), len(targets)
+
+
+def main() -> None:
+    """Pretrain, exchange the head, train it, then everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--unfreeze", type=int, default=3, help="the epoch that trains everything")
+    parser.add_argument("--strategy", default="auto")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    old, train, val = load_data()
+    model = pretrain(old)
+    model.head = nn.Linear(64, 5)
+    model.backbone.requires_grad_(requires_grad=False)
+    train_loader = DataLoader(train, 32, shuffle=True)
+    val_loader = DataLoader(val, 100)
+
+    trainer = Trainer(
+        strategy=options.strategy,
+        max_epochs=options.epochs,
+        callbacks=Unfreeze(model.backbone, options.unfreeze),
+    )
+    result = trainer.fit(
+        model,
+        train_loader,
+        val_loader,
+        loss=F.cross_entropy,
+        metrics={"accuracy": accuracy},
+        optimizer=partial(AdamW, lr=1e-2),
+        param_groups=slowly,
+    )
+    print(f"accuracy: {result.metrics['val_accuracy']:.4f}")
+    trainer.export("finetuning.safetensors")
+
+
+if __name__ == "__main__":
+    main()

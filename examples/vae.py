@@ -1,0 +1,96 @@
+"""Learn to draw handwritten digits: a variational autoencoder (Kingma & Welling 2014).
+
+Its loss has two parts, both of which one wants to see.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchweld import Trainer
+from torchweld.interfaces import Run
+
+
+class VAE(nn.Module):
+    """Images to a normal distribution over 8 numbers, and a draw of it back to an image."""
+
+    def __init__(self, width: int = 128, latent: int = 8) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 2 * latent)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent, width), nn.ReLU(), nn.Linear(width, 64), nn.Unflatten(1, (1, 8, 8))
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the pixels ``(batch, 1, 8, 8)``; mean and log-variance ``(batch, 8)``."""
+        mean, logvar = self.encoder(images).chunk(2, dim=1)
+        drawn = mean + (logvar / 2).exp() * torch.randn_like(mean) if self.training else mean
+        return self.decoder(drawn), mean, logvar
+
+
+def losses(images: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+    """The negative evidence lower bound in nats an image, and its two parts."""
+    pixels = F.binary_cross_entropy_with_logits(logits, images, reduction="none")
+    reconstruction = pixels.sum((1, 2, 3)).mean()
+    divergence = (mean**2 + logvar.exp() - 1 - logvar).sum(1).mean() / 2
+    return {
+        "loss": reconstruction + divergence,
+        "reconstruction": reconstruction,
+        "divergence": divergence,
+    }
+
+
+def step(run: Run, batch: list[Tensor]) -> dict[str, Tensor]:
+    """The loss and its parts, which are logged by name."""
+    return losses(batch[0], *run.model(batch[0]))
+
+
+def draw(run: Run, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the model makes of images, and the images."""
+    return run.model(batch[0])[0].sigmoid(), batch[0]
+
+
+def pixel_error(drawn: Tensor, images: Tensor) -> tuple[Tensor, int]:
+    """The sum over all pixels, and how many they are."""
+    return (drawn - images).abs().sum(), images.numel()
+
+
+def main() -> None:
+    """Train, evaluate, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--strategy", default="auto")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+    train, val = images[:1437], images[1437:]
+    model = VAE()
+    loader = DataLoader(TensorDataset(train), 32, shuffle=True)
+
+    trainer = Trainer(strategy=options.strategy, max_epochs=options.epochs)
+    result = trainer.fit(
+        model,
+        loader,
+        DataLoader(TensorDataset(val), 360),
+        step=step,
+        eval_step=draw,
+        metrics={"error": pixel_error},
+        optimizer=partial(Adam, lr=2e-3),
+    )
+    print(f"error of a pixel: {result.metrics['val_error']:.4f}")
+    trainer.export("vae.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Scripts of a practitioner, moved in: each ends with the weights of its plain version."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from difflib import unified_diff
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.together.test_docs import ROOT
+from torchweld.testing import run_ranks
+from torchweld.testing.processes import RanksFailed
+
+PAGE = ROOT / "docs" / "examples.md"
+TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair of scripts and how they are tried.
+
+    Attributes:
+        arguments: for a run that is short and still learns.
+        strategies: two that end alike on two processes.
+        score: the pattern of what both print at their end.
+        learnt: the least score that is no accident; the most, where lower is better.
+    """
+
+    arguments: tuple[str, ...]
+    strategies: tuple[str, str]
+    score: str
+    learnt: float
+    lower: bool = False
+    tolerance: float = 1e-5
+
+
+EXAMPLES = {
+    "image_classifier": Example(("--epochs=2",), ("ddp", "ddp"), "accuracy", 0.3),
+    "text_classification": Example(("--epochs=1",), ("ddp", "fsdp"), "accuracy", 0.25),
+    "vae": Example(("--epochs=8",), ("ddp", "deepspeed"), "error of a pixel", 0.25, lower=True),
+    "finetuning": Example(("--epochs=3", "--unfreeze=1"), ("fsdp", "fsdp"), "accuracy", 0.3),
+}
+
+
+def run_script(module: str, *arguments: str) -> tuple[str, dict[str, Tensor]]:
+    """Run a script's ``main`` in the working directory; what it printed, what it saved."""
+    sys.argv = [f"{module}.py", *arguments]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        importlib.import_module(module).main()
+    saved = {
+        f"{path.name}: {name}": tensor
+        for path in sorted(Path.cwd().glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    return printed.getvalue(), saved
+
+
+def run_both(name: str, arguments: tuple[str, ...]) -> list[tuple[str, dict[str, Tensor]]]:
+    plain = run_script(f"examples.plain.{name}", *arguments)
+    for path in Path.cwd().glob("*.safetensors"):
+        path.unlink()
+    return [plain, run_script(f"examples.{name}", *arguments)]
+
+
+def score(name: str, printed: str) -> float:
+    """The number behind the name of the score, in the last line that has one."""
+    found = re.findall(rf"^{EXAMPLES[name].score}: ([\d.]+)$", printed, re.MULTILINE)
+    return float(found[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_moved_in_script_ends_with_the_weights_of_its_plain_version(name: str) -> None:
+    [[plain, moved]] = run_ranks(
+        run_both, 1, name, EXAMPLES[name].arguments, timeout_seconds=TIMEOUT
+    )
+
+    assert [
+        key for key in plain[1] | moved[1] if not torch.equal(plain[1][key], moved[1][key])
+    ] == []
+    assert score(name, moved[0]) == score(name, plain[0])
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+
+def run_under(name: str, strategy: str) -> tuple[str, dict[str, Tensor]]:
+    return run_script(f"examples.{name}", *EXAMPLES[name].arguments, f"--strategy={strategy}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_moved_in_script_learns_on_two_processes(name: str) -> None:
+    example = EXAMPLES[name]
+
+    runs = [
+        run_ranks(run_under, 2, name, strategy, timeout_seconds=TIMEOUT)[0]
+        for strategy in dict.fromkeys(example.strategies)
+    ]
+
+    learnt = score(name, runs[0][0])
+    assert learnt < example.learnt if example.lower else learnt > example.learnt
+    for other in runs[1:]:
+        for key, tensor in runs[0][1].items():
+            torch.testing.assert_close(other[1][key], tensor, rtol=0, atol=example.tolerance)
+
+
+@pytest.mark.slow
+def test_unfreezing_is_refused_where_gradients_would_not_be_exchanged() -> None:
+    with pytest.raises(RanksFailed, match=r"became trainable .*params.may_unfreeze"):
+        run_ranks(run_under, 2, "finetuning", "ddp", timeout_seconds=TIMEOUT)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def code_lines(path: Path) -> list[str]:
+    """A script without empty lines, comments and docstrings."""
+    text = re.sub(r'^ *""".*?"""$', "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def changed(name: str) -> str:
+    """How many lines of code went and came, of how many."""
+    before = code_lines(ROOT / "examples" / "plain" / f"{name}.py")
+    after = code_lines(ROOT / "examples" / f"{name}.py")
+    signs = [line[0] for line in list(unified_diff(before, after, n=0))[2:]]
+    return f"| {len(before)} | −{signs.count('-')} +{signs.count('+')} |"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_page_counts_the_lines_that_changed(name: str) -> None:
+    [row] = [
+        line
+        for line in PAGE.read_text("utf-8").splitlines()
+        if line.startswith("| ") and f"(../examples/{name}.py)" in line
+    ]
+
+    assert f"(../examples/plain/{name}.py)" in row
+    assert changed(name) in row
+
+
+def test_every_plain_script_is_tried_beside_its_moved_version() -> None:
+    plain = {path.stem for path in ROOT.glob("examples/plain/*.py")}
+
+    assert plain == set(EXAMPLES)
