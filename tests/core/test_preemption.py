@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -49,23 +50,28 @@ def test_sigusr1_outside_of_slurm_is_not_torchwelds(tmp_path: Path) -> None:
 
 
 class Terminate:
-    """A callback that sends SIGTERM to this process after step 2."""
+    """A callback that sends SIGTERM, or another signal to all processes, after step 2."""
+
+    def __init__(self, everyone: signal.Signals | None = None) -> None:
+        self.everyone = everyone
 
     def next_due(self, progress: object) -> int:
         return 2
 
     def at(self, border: Border, run: Run) -> None:
         if border.progress.step == 2 and "fit_end" not in border.kind:
-            os.kill(os.getpid(), signal.SIGTERM)
+            children = [child.pid for child in multiprocessing.active_children()]
+            for process in [*(children if self.everyone else []), os.getpid()]:
+                os.kill(process or 0, self.everyone or signal.SIGTERM)
 
 
-def trainer(root: Path, **flags: object) -> Trainer:
+def trainer(root: Path, *, terminate: Terminate | None = None, **flags: object) -> Trainer:
     return Trainer(
         strategy="single",
-        data=use("torch", batch_size=4),
+        data=use("torch", batch_size=4, num_workers=1 if terminate else 0),
         max_epochs=1,
         log_every_n_steps=3,
-        callbacks=[Terminate()],
+        callbacks=[terminate or Terminate()],
         default_root_dir=root,
         logger=False,
         **flags,  # type: ignore[arg-type]  # enable_checkpointing alone
@@ -88,6 +94,21 @@ def test_an_own_loop_ends_at_the_next_border_and_says_so_after_it(tmp_path: Path
     assert (raised.value.code, run.progress.step) == (75, 3)
     assert_saved_whole(tmp_path, "step-3")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_of_a_loader_outlive_the_signal_that_slurm_sends_to_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    run = trainer(tmp_path, terminate=Terminate(signal.SIGUSR1))
+    try:
+        with pytest.raises(Preempted):
+            run.fit(nn.Linear(4, 3), SAMPLES, loss=F.cross_entropy, optimizer=SGD_SLOW)
+    finally:
+        signal.signal(signal.SIGUSR1, previous or signal.SIG_DFL)
+
+    assert_saved_whole(tmp_path, "step-3")
 
 
 def test_the_exit_code_is_another_where_nothing_was_saved(tmp_path: Path) -> None:

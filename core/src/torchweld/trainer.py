@@ -267,9 +267,11 @@ class Trainer:
             wiring = wire(launched, request, self._config, console, bind)
             directory = [str(wiring.directory)] if wiring.directory is not None else []
             console.open("   ".join([headline(wiring.plan, wiring.ranks.env), *directory]))
-            run, compute = open_run(wiring, request, where)
-            self._run, self._given_model = run, request.model
-            with heard_signals(run.end_asked):
+            # Before the first batch: worker processes that it starts inherit the handlers.
+            with heard_signals() as asked:
+                run, compute = open_run(wiring, request, where)
+                run.end_asked = asked
+                self._run, self._given_model = run, request.model
                 yield run, compute
 
     def _launch(self) -> Launched:

@@ -65,6 +65,14 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def terminate_launcher() -> None:
+    """SIGTERM to torchrun, which hands it on; waits until it has come here."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    while not handler.__self__.number:
+        time.sleep(0.05)
+
+
 def warn_by_slurm() -> None:
     """What SLURM does for ``--signal=USR1@120``."""
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -83,8 +91,8 @@ def block_checkpoints() -> None:
 
 
 _ALL = (
-    raise_error, raise_and_stay, leave, die, interrupt, terminate, warn_by_slurm, wait,
-    block_checkpoints,
+    raise_error, raise_and_stay, leave, die, interrupt, terminate, terminate_launcher,
+    warn_by_slurm, wait, block_checkpoints,
 )  # fmt: skip
 HARMS: dict[str, Callable[[], None]] = {harm.__name__: harm for harm in _ALL}
 

@@ -1,21 +1,23 @@
-"""The command line: ``torchweld plugins | plan | explain | doctor | inspect``.
+"""The command line: ``torchweld plugins | plan | explain | doctor | inspect | launch | …``.
 
-Every command answers while a plugin is broken; only ``inspect`` and ``plan --model`` import torch.
+Every command answers while a plugin is broken; only ``inspect``, ``plan --model`` and the commands
+that start something import torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchweld.cli.asking import errors_in_one_line
 from torchweld.cli.group import PluginGroup
+from torchweld.cli.running import launch, new_plugin
 from torchweld.cli.screens import doctor_text, plugins_data, plugins_text
-from torchweld.errors import InvalidArgument, TorchweldError
+from torchweld.errors import InvalidArgument
 from torchweld.problems import TITLES
 from torchweld.registry import Registry
 from torchweld.spelling import did_you_mean
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 @click.version_option(package_name="torchweld", message="%(prog)s %(version)s")
 def main() -> None:
     """Training speed-ups as plugins, checked against each other before the first step."""
+
+
+main.add_command(launch)
+main.add_command(new_plugin)
 
 
 @main.command()
@@ -76,7 +82,7 @@ def plan(
     if (model is None) != (optimizer is None):
         raise click.UsageError("memory is estimated for --model and --optimizer together")
     registry = Registry.installed()
-    with _errors_in_one_line():
+    with errors_in_one_line():
         made = plan_of_words(registry, words, world_size=world_size, allow=allow, strict=strict)
     memory = None
     if model is not None and optimizer is not None and not made.has_errors:
@@ -150,7 +156,7 @@ def inspect_checkpoint(
     # torch takes 2-3 s to import; few commands need it.
     from torchweld.checkpoint import describe, inspect
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         report = inspect(checkpoint)
         text = describe(report)
         possible = not (report.get("damage") or report.get("complete") is False)
@@ -162,21 +168,11 @@ def inspect_checkpoint(
     click.get_current_context().exit(0 if possible else 1)
 
 
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgument as error:
-        raise click.UsageError(str(error)) from None
-    except TorchweldError as error:
-        raise click.ClickException(str(error)) from None
-
-
 def _memory(made: Plan, model: str, optimizer: str, world_size: int) -> Memory:
     # torch takes 2-3 s to import.
     from torchweld.cli.building import estimate_memory
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         return estimate_memory(made, model=model, optimizer=optimizer, world_size=world_size)
 
 

@@ -26,21 +26,22 @@ class EndAsked:
 
 
 @contextmanager
-def heard_signals(asked: EndAsked) -> Iterator[None]:
+def heard_signals() -> Iterator[EndAsked]:
     """Hear SIGTERM meanwhile, and SIGUSR1 under SLURM, whose ``--signal`` sends it.
 
     A handler that the user's script has installed stays in place. Outside of the main thread
     nothing is heard, since Python allows handlers there only.
     """
+    asked = EndAsked()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
     numbers = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, asked.hear)
     try:
-        yield
+        yield asked
     finally:
         for number in ours:
             if signal.getsignal(number) == asked.hear:

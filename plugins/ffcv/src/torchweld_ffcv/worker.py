@@ -186,6 +186,8 @@ def _become_worker(job: Job) -> None:
     # Ctrl-C reaches the whole group; the parent decides what ends, and ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # SLURM's --signal=USR1 reaches every process of a step and means the training, not this one.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(job,), daemon=True).start()
     _use_one_thread(sys.modules)
 
