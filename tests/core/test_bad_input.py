@@ -231,7 +231,7 @@ TRAINER: dict[str, tuple[dict[str, Any], str]] = {
     "batches as a switch": ({"limit_val_batches": True}, "limit_val_batches=True"),
     "validation never": ({"val_check_interval": 0.0}, "above 0 and at most 1.0"),
     "validation by epochs": ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
-    "logger": ({"logger": "csv"}, r"logger='csv' has no log_metrics"),
+    "logger": ({"logger": "cvs"}, r"logger='cvs' has no log_metrics"),
     "loggers": ({"logger": [object()]}, "has no log_metrics"),
     "callback": ({"callbacks": [print]}, r"has no at\(border, run\)"),
     "barebones with a callback": (

@@ -11,18 +11,33 @@ from torchweld.hookspecs import hookimpl
 from torchweld.interfaces import Parts
 
 if TYPE_CHECKING:
-    from torchweld.callbacks import ModelCheckpoint
+    from torchweld.callbacks import (
+        EarlyStopping,
+        LearningRateMonitor,
+        ModelCheckpoint,
+        ProfilerWindow,
+        Unfreeze,
+    )
+    from torchweld.loop.loggers import CSVLogger, TensorBoardLogger
+    from torchweld.loop.schedules import LRSchedule
     from torchweld.trainer import Trainer, apply_surgery
 
 __all__ = [
     "Adapt",
+    "CSVLogger",
     "Claims",
     "Component",
+    "EarlyStopping",
+    "LRSchedule",
+    "LearningRateMonitor",
     "ModelCheckpoint",
     "Parts",
+    "ProfilerWindow",
     "Rel",
     "Settings",
+    "TensorBoardLogger",
     "Trainer",
+    "Unfreeze",
     "Use",
     "apply_surgery",
     "hookimpl",
@@ -31,8 +46,15 @@ __all__ = [
 
 # torch takes 2-3 s to import; `torchweld plugins` and every plugin's listing import this package.
 _LAZY = {
+    "CSVLogger": "torchweld.loop.loggers",
+    "EarlyStopping": "torchweld.callbacks",
+    "LRSchedule": "torchweld.loop.schedules",
+    "LearningRateMonitor": "torchweld.callbacks",
     "ModelCheckpoint": "torchweld.callbacks",
+    "ProfilerWindow": "torchweld.callbacks",
+    "TensorBoardLogger": "torchweld.loop.loggers",
     "Trainer": "torchweld.trainer",
+    "Unfreeze": "torchweld.callbacks",
     "apply_surgery": "torchweld.trainer",
 }
 

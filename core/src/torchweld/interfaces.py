@@ -355,7 +355,12 @@ class Border:
 
 
 class Callback(Protocol):
-    """Only ``at`` is needed; ``next_due(progress) -> step`` and ``state_dict`` where they exist."""
+    """Only ``at`` is needed; the others are used where they exist.
+
+    ``next_due(progress) -> step`` asks for a border, ``extra_metrics(run) -> mapping`` adds to what
+    is logged, ``state_dict`` and ``load_state_dict`` go into checkpoints, and ``needs_directory =
+    True`` says that it writes into the directory of the run.
+    """
 
     def at(self, border: Border, run: Run) -> None:
         """Act at a border; every rank calls it."""
@@ -435,6 +440,13 @@ class Run(Protocol):
     def step(self) -> Callable[[], None]:
         """Once a batch, after backward."""
 
+    @property
+    def directory(self) -> Path | None:
+        """Where this run writes; None where it writes nothing."""
+
+    def say(self, line: str) -> None:
+        """Print a line on rank 0, above the bar."""
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Tensors stay on the device until the border."""
 
@@ -462,12 +474,23 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What ``fit`` returns."""
+    """What ``fit`` returns.
+
+    Attributes:
+        metrics: the newest value of everything that was measured.
+        progress: where the run ended.
+        checkpoint: the newest complete one; None where none was written.
+        plan: with everything that only the run could decide.
+        best_checkpoint: the best by the first ``ModelCheckpoint(monitor=…)``; None without one.
+        directory: where the run wrote; None for nowhere.
+    """
 
     metrics: Mapping[str, float]
     progress: Progress
     checkpoint: Path | None
     plan: Plan
+    best_checkpoint: Path | None = None
+    directory: Path | None = None
 
 
 Metric = Union[Callable[[Any, Any], tuple[Any, Any]], Any]

@@ -14,6 +14,7 @@ from torchweld.components import Choice, Settings
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Parts, Result
 from torchweld.loop.console import Console
+from torchweld.loop.evaluation import as_metrics
 from torchweld.model.remaking import operate_all
 from torchweld.planning import auto_strategy, make_plan
 from torchweld.processes.ending import heard_signals
@@ -61,9 +62,12 @@ class Trainer:
         max_steps: optimizer steps, like every step-valued setting.
         gradient_clip_val: largest gradient norm (or value, by ``gradient_clip_algorithm``).
         limit_train_batches: batches (int) or fraction (float) of an epoch; the same for validation.
-        val_check_interval: optimizer steps (int) or fraction of an epoch (float).
-        logger: True for TensorBoard, False, or loggers with Lightning's method names.
+        val_check_interval: optimizer steps of the run (int), or a fraction of each epoch (float).
+        logger: True or ``"tensorboard"``, ``"csv"``, False, loggers with Lightning's method names,
+            or a list of these.
         barebones: no bar, logs, checkpoints, summary.
+        overfit_batches: train on the first batches (int, or a fraction of an epoch) again and
+            again, the same ones in the same order; validation reads as many.
         fast_dev_run: one training step and one validation batch (or so many), nothing written.
         seed: None leaves the random state alone; else the same on every rank through set-up, then
             ``seed + rank``.
@@ -95,6 +99,7 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
+        overfit_batches: int | float | None = None,
         enable_progress_bar: bool = True,
         enable_checkpointing: bool = True,
         enable_model_summary: bool = True,
@@ -123,6 +128,7 @@ class Trainer:
             limit_val_batches=limit_val_batches,
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
+            overfit_batches=overfit_batches,
         )
         extras = Extras(
             log_every_n_steps=log_every_n_steps,
@@ -177,7 +183,7 @@ class Trainer:
         loss: Any = None,
         step: Any = None,
         eval_step: Any = None,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Any = None,
         optimizer: Any = None,
         lr_scheduler: Any = None,
         param_groups: Any = None,
@@ -198,10 +204,12 @@ class Trainer:
             step: ``(run, batch) -> loss`` in place of forward and loss; it calls ``run.model``.
             eval_step: ``(run, batch) -> (outputs, targets)`` in place of evaluation's forward.
             metrics: ``(outputs, targets) -> (sum, count)`` by name, or objects with ``update``,
-                ``compute`` and ``reset``.
+                ``compute`` and ``reset`` such as those of torchmetrics; a MetricCollection may be
+                given as it is.
             optimizer: ``groups -> optimizer``, e.g. ``partial(SGD, lr=0.1)``; or a fresh instance
                 with one group.
-            lr_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after each step.
+            lr_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after each step; or an
+                ``LRSchedule`` by epoch or by a metric.
             param_groups: ``(name, module, parameter) -> hyper-parameters``.
             init_weights: safetensors file or mapping to start from.
             ckpt_path: ``"last"``, ``"best"``, or the path of a checkpoint to go on from.
@@ -212,14 +220,13 @@ class Trainer:
             Preempted: SIGTERM ended the run, a checkpoint is written; exit code 75.
         """
         request = FitRequest(
-            model, train, val, loss, step, eval_step, metrics or {}, optimizer, lr_scheduler,
+            model, train, val, loss, step, eval_step, as_metrics(metrics), optimizer, lr_scheduler,
             param_groups, init_weights, ckpt_path, hparams or {},
         )  # fmt: skip
         with self._opened(request) as (run, compute), run:
             if compute is not None:
                 run.train(compute)
-        checkpoint = next((c.last for c in run.wiring.callbacks if hasattr(c, "last")), None)
-        return Result(dict(run.borders.metrics), run.progress, checkpoint, run.plan)
+        return run.result()
 
     def prepare(
         self,
@@ -229,7 +236,7 @@ class Trainer:
         *,
         loss: Any = None,
         eval_step: Any = None,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Any = None,
         optimizer: Any = None,
         lr_scheduler: Any = None,
         param_groups: Any = None,
@@ -245,7 +252,7 @@ class Trainer:
         ``with``, ``run.close()`` does the work of the last border.
         """
         request = FitRequest(
-            model, train, val, loss, None, eval_step, metrics or {}, optimizer, lr_scheduler,
+            model, train, val, loss, None, eval_step, as_metrics(metrics), optimizer, lr_scheduler,
             param_groups, init_weights, ckpt_path, hparams or {}, own_loop=True,
         )  # fmt: skip
         with ExitStack() as stack:
@@ -294,7 +301,7 @@ class Trainer:
         *,
         loss: Any = None,
         eval_step: Any = None,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Any = None,
         init_weights: Any = None,
     ) -> dict[str, float]:
         """Return loss and metrics over ``data``, every sample once; every rank calls it.
@@ -303,7 +310,7 @@ class Trainer:
             model: None for the one that was trained last, with its loss and metrics.
             data: as ``val`` of :meth:`fit`.
         """
-        request = EvaluationRequest(model, data, loss, eval_step, metrics or {}, init_weights)
+        request = EvaluationRequest(model, data, loss, eval_step, as_metrics(metrics), init_weights)
         return evaluate_model(request, self._launch(), self._config, self._trained(model))
 
     def predict(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from torchweld.callbacks.monitored import check_mode
 from torchweld.checkpoint import remove
 from torchweld.errors import InvalidArgument
 
@@ -33,6 +34,8 @@ class ModelCheckpoint:
 
     Attributes:
         last: the newest complete checkpoint of this run, None before the first.
+        siblings: the others of this run; a checkpoint that one of them keeps is not removed, and
+            one that two want is written once.
     """
 
     def __init__(
@@ -45,8 +48,7 @@ class ModelCheckpoint:
         every_n_epochs: int | None = 1,
         async_save: bool = False,
     ) -> None:
-        if mode not in {"min", "max"}:
-            raise InvalidArgument(f"mode={mode!r}: choose 'min' or 'max'")
+        check_mode(mode)
         if save_top_k < 1 and save_top_k != -1:
             raise InvalidArgument(f"save_top_k={save_top_k}: keep at least 1, or -1 for all")
         for name, value in (("steps", every_n_train_steps), ("epochs", every_n_epochs)):
@@ -56,6 +58,7 @@ class ModelCheckpoint:
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
         self.async_save = async_save
         self.last: Path | None = None
+        self.siblings: tuple[ModelCheckpoint, ...] = ()
         self._pending: tuple[float, Future[Path]] | None = None
         self._saved: list[tuple[float, Path]] = []  # oldest first
         self._saved_step: int | None = None
@@ -79,12 +82,38 @@ class ModelCheckpoint:
             self._refuse_unknown(border)
             return
         self._saved_step = step
-        if self.async_save and "fit_end" not in border.kind:
+        score = self._score(border)
+        written = next((s for s in self.siblings if s._saved_step == step), None)
+        if written is not None:
+            self._share(score, written, run)
+        elif self.async_save and "fit_end" not in border.kind:
             future = run.async_save()
             self._take_done(run)  # the one before: it was waited for
-            self._pending = self._score(border), future
+            self._pending = score, future
         else:
-            self._keep(self._score(border), run.save(), run)
+            self._keep(score, run.save(), run)
+
+    def _share(self, score: float, other: ModelCheckpoint, run: Run) -> None:
+        """Keep what another one has saved at this very step."""
+        if other._pending is not None:
+            self._pending = score, other._pending[1]
+        else:
+            assert other.last is not None
+            self._keep(score, other.last, run)
+
+    @property
+    def best(self) -> Path | None:
+        """The best complete checkpoint of this run by ``monitor``; without it the newest."""
+        best = min(self._saved, key=lambda entry: entry[0], default=None)
+        return None if best is None else best[1]
+
+    @property
+    def best_score(self) -> float | None:
+        """The value of ``monitor`` in :attr:`best`; None without either."""
+        if self.monitor is None or not self._saved:
+            return None
+        score = min(entry[0] for entry in self._saved)
+        return -score if self.mode == "max" else score
 
     def _take_done(self, run: Run) -> None:
         """Count the one in flight once it is complete; that it failed is the run's to say."""
@@ -96,8 +125,7 @@ class ModelCheckpoint:
     def _keep(self, score: float, path: Path, run: Run) -> None:
         self.last = path
         self._saved.append((score, path))
-        if run.env.rank == 0:
-            self._prune()
+        self._prune(removes=run.env.rank == 0)
 
     def _score(self, border: Border) -> float:
         """What checkpoints are compared by; the smallest is the best."""
@@ -124,12 +152,19 @@ class ModelCheckpoint:
                 f"{', '.join(sorted(border.metrics))}"
             )
 
-    def _prune(self) -> None:
+    def _prune(self, *, removes: bool) -> None:
         if self.save_top_k == -1:
             return
         kept = sorted(self._saved, key=lambda entry: entry[0])[: self.save_top_k]
         newest = self._saved[-1]
         for entry in list(self._saved):
             if entry not in kept and entry is not newest:
-                remove(entry[1])
                 self._saved.remove(entry)
+                if removes and not any(s._keeps(entry[1]) for s in self.siblings):
+                    remove(entry[1])
+
+    def _keeps(self, path: Path) -> bool:
+        kept = [path for _, path in self._saved]
+        if self._pending is not None and self._pending[1].done():
+            kept.append(self._pending[1].result())
+        return path in kept

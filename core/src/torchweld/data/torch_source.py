@@ -34,6 +34,9 @@ _HOW_TO_SHARD = (
 )
 
 
+_NOTHING_DROPPED = "drop_last=True is for training; here every sample counts"
+
+
 class TorchSource:
     """Makes one loader a split; the options are those of ``torchweld.builtin.TorchDataOptions``."""
 
@@ -110,15 +113,17 @@ class TorchSource:
             return self._from_iterable_loader(loader, request)
         _refuse_empty(loader.dataset)
         loader = _with_transforms(loader, request)
+        keeps_all = _drops_last(loader) and not request.train
+        if keeps_all:
+            loader = _without_dropping(loader)
         if isinstance(loader.sampler, DistributedSampler) and not request.train:
             # Its padding would count samples twice in a metric; its order does not matter there.
             return self._reshard(loader, request, _in_order(loader.dataset))
         if hasattr(_sampler(loader), "num_replicas"):
             return TorchLoader(_checked_replicas(loader, request), sharded=True)
         if request.env.world_size == 1 or self.sharded:
-            return TorchLoader(
-                loader, sharded=self.sharded, counts=_counts(request), note=self._ignored(loader)
-            )
+            note = _NOTHING_DROPPED if keeps_all else self._ignored(loader)
+            return TorchLoader(loader, sharded=self.sharded, counts=_counts(request), note=note)
         if _is_default(loader):
             order = _order_of(loader) if request.train else _in_order(loader.dataset)
             return self._reshard(loader, request, order)
@@ -171,6 +176,8 @@ class TorchSource:
             loader = _clone(loader, dataset=Strided(loader.dataset, env.rank, env.world_size))
         elif env.world_size > 1 and not self.sharded:
             raise _unsharded(request, f"an iterable {type(loader.dataset).__name__}")
+        if loader.drop_last and not request.train:
+            loader = _without_dropping(loader)
         return StreamLoader(
             _with_transforms(loader, request),
             sharded=env.world_size > 1,
@@ -294,8 +301,27 @@ def _with_transforms(loader: DataLoader[Any], request: LoaderRequest) -> DataLoa
     return _clone(loader, dataset=_transformed(loader.dataset, request))
 
 
+def _without_dropping(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same with its last, smaller batch: evaluation is over all samples."""
+    if isinstance(loader.dataset, IterableDataset):
+        return _clone(loader, drop_last=False)
+    dropping = loader.batch_sampler
+    assert isinstance(dropping, BatchSampler)
+    batches = BatchSampler(dropping.sampler, dropping.batch_size, drop_last=False)
+    return _clone(loader, batch_sampler=batches)
+
+
+def _drops_last(loader: DataLoader[Any]) -> bool:
+    batches = loader.batch_sampler
+    return type(batches) is BatchSampler and batches.drop_last
+
+
 def _clone(
-    loader: DataLoader[Any], *, dataset: Dataset[Any] | None = None, batch_sampler: Any = None
+    loader: DataLoader[Any],
+    *,
+    dataset: Dataset[Any] | None = None,
+    batch_sampler: Any = None,
+    drop_last: bool | None = None,
 ) -> DataLoader[Any]:
     """The same DataLoader over another dataset or other batches."""
     iterable = isinstance(loader.dataset, IterableDataset)
@@ -314,7 +340,8 @@ def _clone(
     dataset = loader.dataset if dataset is None else dataset
     batch_sampler = loader.batch_sampler if batch_sampler is None else batch_sampler
     if iterable:
-        arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        kept = loader.drop_last if drop_last is None else drop_last
+        arguments |= {"batch_size": loader.batch_size, "drop_last": kept}
     elif batch_sampler is None:
         arguments |= {"batch_size": None, "sampler": loader.sampler}
     else:

@@ -13,6 +13,7 @@ from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
 from torchweld.loop.beside import BesideSaver
+from torchweld.loop.measuring import learning_rates, peak_memory_gib
 from torchweld.model.parameters import TrainableWatch
 from torchweld.processes.ending import signal_name
 
@@ -40,12 +41,15 @@ class Borders:
         self._marks: set[int] = set()
         self._since = time.monotonic()
         self._validated_at: int | None = None
+        self._reduced_at = run.position.step
+        self._extra = [c for c in run.wiring.callbacks if hasattr(c, "extra_metrics")]
         self._watch = TrainableWatch(run.wiring.prepared.named_parameters())
         self._finished = self._warned = False
 
     def start(self) -> None:
         """The border before the first step."""
         self._wiring.console.start(self._wiring.table, self._run.progress)
+        self._reduced_at = self._run.position.step
         self._call({"fit_start"})
         self._since = time.monotonic()
 
@@ -83,13 +87,14 @@ class Borders:
     def _kinds(self) -> set[str]:
         """What this border is; none for one that only moves the bar."""
         position, table = self._run.position, self._wiring.table
+        in_epoch = position.steps_in_epoch
         kinds = {"epoch_end"} if self._end_epoch() else set()
         if position.step in self._marks or table.log_is_due(position.step) or kinds:
             kinds.add("due")
         if table.exchange_is_due(position.step):
             kinds.add("due")
         epoch_end = "epoch_end" in kinds
-        if table.validation_is_due(position.step, position.epoch, epoch_end=epoch_end):
+        if table.validation_is_due(position.step, position.epoch, in_epoch, epoch_end=epoch_end):
             kinds |= {"due", "eval_end"} if self._wiring.validation.loaders else {"due"}
         return kinds
 
@@ -114,6 +119,8 @@ class Borders:
             self._validate()
         if kinds & {"epoch_end", "eval_end"} or self._wiring.table.log_is_due(step):
             self._log(step)
+        for schedule in self._wiring.schedules:  # after what is logged, before what is saved
+            schedule.at_border(kinds, self.metrics)
         self._call(kinds)
         if kinds & {"epoch_end", "eval_end"}:
             self._agree_to_stop()
@@ -130,13 +137,17 @@ class Borders:
         )
         if totals.stop:
             self.saver.wait()
+        self._reduced_at = self._run.position.step
         self._run.position.samples += totals.samples
         self.metrics.update(totals.metrics)
         seconds = time.monotonic() - self._since
         if totals.samples and seconds > 0:
             self.metrics["samples_per_second"] = totals.samples / seconds
         self.metrics["epoch"] = float(self._run.position.epoch)
-        self.metrics.update(self._learning_rates())
+        self.metrics["memory_gib"] = peak_memory_gib(self._run.env.device)
+        self.metrics.update(learning_rates(self._wiring.optimizers))
+        for callback in self._extra:
+            self.metrics.update(callback.extra_metrics(self._run))
         self._run.stopping |= totals.stop or totals.end
         self.preempted |= totals.end and not self._is_complete()
         is_finite = math.isfinite(self.metrics.get("train_loss", 0.0))
@@ -147,13 +158,6 @@ class Borders:
                 f"{self._run.position.step}: lower the learning rate or clip gradients "
                 "(gradient_clip_val=1.0)"
             )
-
-    def _learning_rates(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for key, optimizer in self._wiring.optimizers.items():
-            rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-            found.update({key if i == 0 else f"{key}/{i}": rate for i, rate in enumerate(rates)})
-        return found
 
     def _agree_to_stop(self) -> None:
         """A callback may have asked just now; the end of an epoch is worth one more question."""
@@ -229,8 +233,14 @@ class Borders:
             self._break_off()
             return
         validation, step = self._wiring.validation, self._run.position.step
-        if validation.loaders and self._validated_at != step and step > 0:
+        # An own loop may be left at any step; all ranks left it at the same.
+        left_early = self._reduced_at != step
+        if left_early:
+            self._reduce()
+        unvalidated = bool(validation.loaders) and self._validated_at != step and step > 0
+        if unvalidated:
             self._validate()
+        if left_early or unvalidated:
             self._log(step)
         self._call({"fit_end"})
         self.saver.wait()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from torchweld.errors import LoopError
 from torchweld.loop.handle import NOT_THE_RUNS_MODEL
 from torchweld.model.facts import check_loss, named_loss
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from torchweld.loop.recorder import Recorder
 
 Transforms = tuple[Callable[[Any, Any], Any], ...]
@@ -51,13 +51,45 @@ def compute_mappings(
     return compute
 
 
-def compute_by_model(forward: Callable[..., Any], first_batch: Any) -> Callable[[Any], Any]:
-    """A model that returns its loss."""
+def call_model(forward: Callable[..., Any], first_batch: Any) -> Callable[[Any], Any]:
+    """Call a model that returns its loss with whole batches of this form."""
     if isinstance(first_batch, Mapping):
-        return lambda batch: named_loss(forward(**batch))
+        return lambda batch: forward(**batch)
     if isinstance(first_batch, (tuple, list)):
-        return lambda batch: named_loss(forward(*batch))
-    return lambda batch: named_loss(forward(batch))
+        return lambda batch: forward(*batch)
+    return forward
+
+
+def compute_by_model(
+    call: Callable[[Any], Any], names: Sequence[str], recorder: Recorder
+) -> Callable[[Any], Any]:
+    """A model that returns its loss, alone or with further values.
+
+    Args:
+        call: :func:`call_model`.
+        names: :func:`scalar_names` of what it returned for the first batch; they are logged.
+        recorder: takes them.
+    """
+    if not names:
+        return lambda batch: named_loss(call(batch))
+
+    def compute(batch: Any) -> Any:
+        outputs = call(batch)
+        recorder.note({name: outputs[name] for name in names})
+        return outputs["loss"]
+
+    return compute
+
+
+def scalar_names(outputs: Any) -> list[str]:
+    """The scalars in a mapping beside its loss; a language model returns its logits there too."""
+    if not isinstance(outputs, Mapping):
+        return []
+    return [name for name, value in outputs.items() if name != "loss" and _is_scalar(value)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
 def compute_by_step(

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torchweld.loop.timetable import Timetable
 
 _REFRESH_SECONDS = 0.5
-_HIDDEN = frozenset({"epoch", "lr", "samples_per_second", "grad_norm"})
+_HIDDEN = frozenset({
+    "epoch", "lr", "samples_per_second", "grad_norm", "memory_gib", "momentum", "weight_decay",
+})  # fmt: skip
 
 
 class Console:
@@ -122,5 +124,5 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, str]:
         if abs(value) >= 1000
         else f"{value:.3f}"
         for name, value in metrics.items()
-        if name not in _HIDDEN and not name.startswith("lr/")
+        if name.partition("/")[0] not in _HIDDEN
     }

@@ -114,6 +114,8 @@ class Evaluator:
         counts: dict[str, Any] = {}
         for name, metric in self.metrics.items():
             if hasattr(metric, "reset"):
+                if isinstance(metric, nn.Module):
+                    metric.to(self.ranks.env.device)
                 metric.reset()
             else:
                 sums[name], counts[name] = 0.0, 0.0
@@ -169,8 +171,30 @@ class Evaluator:
         return {n: total / count for n, (total, count) in pairs.items() if count}
 
     def _computed(self) -> dict[str, float]:
-        objects = {n: m for n, m in self.metrics.items() if hasattr(m, "compute")}
-        return {n: float(metric.compute()) for n, metric in objects.items()}
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            if hasattr(metric, "compute"):
+                found.update(_flat(name, metric.compute()))
+        return found
+
+
+def _flat(name: str, value: Any) -> dict[str, float]:
+    """What a metric object computed, as single numbers.
+
+    A mapping (of a collection) becomes ``<name>_<key>``, or ``<key>`` where there is no name; a
+    vector ``<name>_<index>``.
+    """
+    prefix = f"{name}_" if name else ""
+    if isinstance(value, Mapping):
+        flat: dict[str, float] = {}
+        for key, one in value.items():
+            flat.update(_flat(f"{prefix}{key}", one))
+        return flat
+    values = torch.as_tensor(value)
+    if values.dim() == 0:
+        return {name: float(values)}
+    numbers = values.flatten().tolist()
+    return {f"{prefix}{place}": float(number) for place, number in enumerate(numbers)}
 
 
 @contextmanager
@@ -203,6 +227,18 @@ class evaluating:
         self._handle.mode(True)
 
 
+def is_metric_object(metric: Any) -> bool:
+    """Whether it is an object with a state, as torchmetrics has them."""
+    return all(hasattr(metric, part) for part in ("update", "compute", "reset"))
+
+
+def as_metrics(metrics: Any) -> Mapping[str, Any]:
+    """``metrics=`` as a mapping; a collection given by itself names its values itself."""
+    if metrics is None:
+        return {}
+    return {"": metrics} if is_metric_object(metrics) else metrics
+
+
 def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
     """Refuse metrics that cannot be exact over several ranks.
 
@@ -210,17 +246,25 @@ def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
         InvalidArgument: neither callable nor a metric object, or an object that reduces nothing.
     """
     for name, metric in metrics.items():
-        is_object = all(hasattr(metric, part) for part in ("update", "compute", "reset"))
+        is_object = is_metric_object(metric)
         if not is_object and not callable(metric):
             raise InvalidArgument(
                 f"metric {name!r} is a {type(metric).__name__}: give (outputs, targets) -> "
                 "(sum, count), or an object with update, compute and reset"
             )
-        if is_object and world_size > 1 and not hasattr(metric, "sync"):
+        if is_object and world_size > 1 and not _reduces(metric):
             raise InvalidArgument(
                 f"metric {name!r} ({type(metric).__name__}) has no sync(): its value would be each "
                 f"process's own over {world_size}; give (outputs, targets) -> (sum, count)"
             )
+
+
+def _reduces(metric: Any) -> bool:
+    """Whether a metric object, or each in a collection, adds up over the ranks by itself."""
+    if hasattr(metric, "sync"):
+        return True
+    members = list(metric.values()) if hasattr(metric, "values") else []
+    return bool(members) and all(hasattr(member, "sync") for member in members)
 
 
 def bind_forward(

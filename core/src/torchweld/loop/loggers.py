@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,60 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+class CSVLogger:
+    """Writes ``metrics.csv``, a row for each log, and ``hparams.json``.
+
+    A metric that comes up later makes a new column, for which all rows are written anew.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._columns: list[str] = ["step"]
+        self._rows: list[dict[str, float]] = []
+
+    @property
+    def path(self) -> Path:
+        """The file of the metrics."""
+        return self.directory / "metrics.csv"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a row."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        row = {"step": step, **metrics}
+        self._rows.append(row)
+        new = [name for name in row if name not in self._columns]
+        self._columns += new
+        if new:
+            self._write(self._rows, "w")
+        else:
+            self._write([row], "a")
+
+    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Write the run's hyper-parameters."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(params), indent=2, default=str)
+        (self.directory / "hparams.json").write_text(text + "\n", "utf-8")
+
+
+LOGGERS: Mapping[str, Callable[[Path], Any]] = {"tensorboard": TensorBoardLogger, "csv": CSVLogger}
+"""What a name in ``logger=`` makes in the directory of the run."""
+
+
 def make_loggers(logger: Any, directory: Path | None) -> list[Any]:
-    """Return the loggers for ``logger=``: True, False, one logger or several."""
-    if logger is False or (logger is True and directory is None):
-        return []
-    if logger is True:
-        assert directory is not None
-        return [TensorBoardLogger(directory)]
-    return list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    """Return the loggers for ``logger=``: True, False, a name, one logger or several."""
+    loggers: list[Any] = []
+    for one in logger if isinstance(logger, (list, tuple)) else [logger]:
+        if one is True or isinstance(one, str):
+            assert directory is not None or one is True
+            name = "tensorboard" if one is True else one
+            loggers += [] if directory is None else [LOGGERS[name](directory)]
+        elif one is not False:
+            loggers.append(one)
+    return loggers

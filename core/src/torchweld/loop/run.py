@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, LoopError, Preempted
-from torchweld.interfaces import Env, Progress
+from torchweld.interfaces import Env, Progress, Result
 from torchweld.loop.borders import Borders
 from torchweld.loop.exporting import export_models, export_run
 from torchweld.loop.fit_loop import FitLoop
@@ -109,6 +110,11 @@ class TrainingRun:
         return self.wiring.ranks.env
 
     @property
+    def directory(self) -> Path | None:
+        """Where this run writes; None where it writes nothing."""
+        return self.wiring.directory
+
+    @property
     def progress(self) -> Progress:
         """Counts up to now; samples up to the last border."""
         table, position = self.wiring.table, self.position
@@ -143,11 +149,28 @@ class TrainingRun:
                 feed.start(position.epoch)
         return segment
 
+    def result(self) -> Result:
+        """What there is to say about the run now."""
+        savers = [c for c in self.wiring.callbacks if isinstance(c, ModelCheckpoint)]
+        last = max(
+            (s.last for s in savers if s.last),
+            key=lambda path: int(path.name.partition("-")[2]),
+            default=None,
+        )
+        best = next((s.best for s in savers if s.monitor is not None), None)
+        return Result(
+            dict(self.borders.metrics), self.progress, last, self.plan, best, self.directory
+        )
+
     # ---- at any time -----------------------------------------------------------------------------
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Keep scalars until the next border, where their means are logged."""
         self.wiring.recorder.note(metrics)
+
+    def say(self, line: str) -> None:
+        """Print a line on rank 0, above the bar."""
+        self.wiring.console.say(line)
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
         """Evaluate on ``data``, or on the validation data; every rank must call it."""

@@ -221,7 +221,7 @@ class SeveralLoop:
 
 def _advance(wiring: Wiring, member: Member) -> Callable[[], Any]:
     """Step and schedule of one model."""
-    return replace(wiring, prepared=member.prepared, scheduler=member.scheduler).advance()
+    return replace(wiring, prepared=member.prepared, schedule=member.schedule).advance()
 
 
 def _nothing(*_: Any) -> None:

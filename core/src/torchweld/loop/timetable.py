@@ -26,7 +26,8 @@ class Timetable:
         max_epochs: None for the end of ``max_steps``.
         uneven: the last batch of an epoch is smaller, on some rank at least.
         log_every: steps between two logs; None for no logging.
-        val_every_steps: steps between two validations; None for the ends of epochs.
+        val_every_steps: steps of the run between two validations; None for the ends of epochs.
+        val_in_epoch: steps of an epoch after which validation follows, in place of its end.
         val_every_epochs: epochs between two validations at their ends; None for never there.
         shift: steps that were made before resuming beyond those that the same epochs have now, on
             another number of processes or with another batch size.
@@ -39,6 +40,7 @@ class Timetable:
     uneven: bool = False
     log_every: int | None = None
     val_every_steps: int | None = None
+    val_in_epoch: tuple[int, ...] = ()
     val_every_epochs: int | None = None
     shift: int = 0
 
@@ -79,11 +81,25 @@ class Timetable:
         """Whether ``step`` is one after which metrics are logged."""
         return self.log_every is not None and step % self.log_every == 0
 
-    def validation_is_due(self, step: int, epochs: int, *, epoch_end: bool) -> bool:
-        """Whether validation follows ``step``; ``epochs`` are complete by then."""
+    def validation_is_due(self, step: int, epochs: int, in_epoch: int, *, epoch_end: bool) -> bool:
+        """Whether validation follows ``step``.
+
+        Args:
+            step: of the run.
+            epochs: complete by then.
+            in_epoch: the same step, counted in its epoch.
+            epoch_end: it is the last of its epoch.
+        """
         if self.val_every_steps is not None:
             return step % self.val_every_steps == 0
-        return bool(epoch_end and self.val_every_epochs and epochs % self.val_every_epochs == 0)
+        if self.val_in_epoch:
+            running = epochs if epoch_end else epochs + 1
+            return in_epoch in self.val_in_epoch and self._validates_in(running)
+        return epoch_end and self._validates_in(epochs)
+
+    def _validates_in(self, epoch: int) -> bool:
+        """Whether epoch number ``epoch``, counted from 1, is one with validation."""
+        return bool(self.val_every_epochs and epoch % self.val_every_epochs == 0)
 
     def next_due(self, step: int, others: Iterable[int | None]) -> int:
         """The next step after ``step`` at which something is due."""
@@ -120,7 +136,8 @@ def next_segment(
     total = table.total_steps
     if total is not None and step >= total:
         return None
-    num_steps = table.next_due(step, others) - step
+    within = [step + mark - steps_in_epoch for mark in table.val_in_epoch]
+    num_steps = table.next_due(step, [*others, *within]) - step
     per_epoch = table.steps_per_epoch
     if per_epoch is None:
         return Segment(num_steps, table.accumulate)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchweld.loop.handle import Handle
     from torchweld.loop.joint import Handles
     from torchweld.loop.recorder import Recorder
+    from torchweld.loop.schedules import Schedule
     from torchweld.loop.timetable import Timetable
     from torchweld.plan import Plan
     from torchweld.processes.ranks import Ranks
@@ -46,13 +47,13 @@ class Member:
 
     Attributes:
         model: the bare module after surgery.
-        scheduler: stepped after each applied step of this model, or None.
+        schedule: of this model's learning rate, or None.
     """
 
     model: nn.Module
     prepared: Prepared
     handle: Handle
-    scheduler: Any | None
+    schedule: Schedule | None
 
     @property
     def trains(self) -> bool:
@@ -68,7 +69,8 @@ class Wiring:
         model: the bare module after surgery.
         parts: with every bindable bound.
         stateful: component name to objects of its that have ``state_dict``.
-        scheduler: stepped by core after each applied step, or None.
+        scheduler: what ``lr_scheduler=`` made, or all of several models as one; for its state.
+        schedule: when it is stepped; None for nothing, and where the members have their own.
         directory: of this run, or None where nothing is written.
         root: ``default_root_dir``, where checkpoints are looked for.
         model_digest: of names, shapes and dtypes.
@@ -92,6 +94,7 @@ class Wiring:
     evaluator: Evaluator
     validation: Validation
     scheduler: Any | None
+    schedule: Schedule | None
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     console: Console
@@ -125,9 +128,21 @@ class Wiring:
         """Whether calling the user's module is the same as calling ``run.model``."""
         return self.prepared.forward is self.model
 
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Of all models."""
+        every = [self.schedule, *(member.schedule for member in self.members.values())]
+        return [schedule for schedule in every if schedule is not None]
+
+    @property
+    def _stepped_scheduler(self) -> Any | None:
+        """The scheduler, if it is stepped after each optimizer step."""
+        schedule = self.schedule
+        return schedule.scheduler if schedule is not None and schedule.interval == "step" else None
+
     def advance(self) -> Callable[[], Any]:
         """The step of the inner loops: with scheduler and after-steps only where there are any."""
-        step, scheduler = self.prepared.step, self.scheduler
+        step, scheduler = self.prepared.step, self._stepped_scheduler
         after = self.parts.after_step
         if scheduler is None and not after:
             return step
@@ -143,7 +158,7 @@ class Wiring:
 
     def advance_closure(self) -> Callable[[Callable[[], Tensor]], Any]:
         """The same for an optimizer that needs a closure."""
-        step, scheduler = self.prepared.step_closure, self.scheduler
+        step, scheduler = self.prepared.step_closure, self._stepped_scheduler
         assert step is not None
 
         def advance(closure: Callable[[], Tensor]) -> None:

@@ -17,7 +17,7 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.nesting import shapes, tensors
 
 if TYPE_CHECKING:
-    from torchweld.interfaces import Env, Parts, Prepared
+    from torchweld.interfaces import Env, Parts
 
 _INDEX_LOSSES = (F.nll_loss, F.multi_margin_loss)
 
@@ -92,7 +92,6 @@ def batch_facts(batch: Any) -> dict[str, bool]:
 
 def try_first_batch(
     model: nn.Module,
-    prepared: Prepared,
     batch: Any,
     forward: Callable[[Any], tuple[Any, Any]],
     loss: Callable[[Any, Any], Any],
@@ -121,7 +120,6 @@ def try_first_batch(
     """
     modules = [model, loss] if isinstance(loss, nn.Module) else [model]
     with torch.no_grad(), rng.preserved(), _buffers_kept(modules):
-        prepared.mode(True)
         outputs, targets = forward(batch)
         value = _call("the loss", loss, outputs, targets)
         check_loss(value)

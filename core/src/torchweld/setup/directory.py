@@ -22,7 +22,7 @@ def make_directory(ranks: Ranks, extras: Extras, plan: str) -> Path | None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    if not extras.checkpointing and extras.logger is not True:
+    if not (extras.checkpointing or extras.writes_into_directory):
         return None
     made = ""
     if ranks.rank == 0:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.components import Precision
 from torchweld.errors import InvalidArgument
+from torchweld.loop.loggers import LOGGERS
 
 _PRECISIONS: dict[str, Precision] = {
     "32": "32",
@@ -80,6 +81,7 @@ class Duration:
         limit_train_batches: batches of an epoch (int) or a fraction of it (float); None for all.
         val_check_interval: optimizer steps (int) or a fraction of an epoch (float) between two
             validations; None for the ends of epochs.
+        overfit_batches: these batches of an epoch are kept and read in every epoch.
     """
 
     max_epochs: int | None = None
@@ -88,12 +90,30 @@ class Duration:
     limit_val_batches: int | float | None = None
     val_check_interval: int | float | None = None
     check_val_every_n_epoch: int | None = 1
+    overfit_batches: int | float | None = None
+
+    @property
+    def train_batches(self) -> int | float | None:
+        """The limit of an epoch."""
+        return self.limit_train_batches if self.overfit_batches is None else self.overfit_batches
+
+    @property
+    def val_batches(self) -> int | float | None:
+        """The limit of a validation."""
+        return self.limit_val_batches if self.overfit_batches is None else self.overfit_batches
 
     def __post_init__(self) -> None:
         for name in ("max_epochs", "max_steps", "check_val_every_n_epoch"):
             _at_least_one(name, getattr(self, name))
-        for name in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
+        counts = ("limit_train_batches", "limit_val_batches", "val_check_interval")
+        for name in (*counts, "overfit_batches"):
             _count_or_fraction(name, getattr(self, name))
+        limited = self.limit_train_batches is not None or self.limit_val_batches is not None
+        if self.overfit_batches is not None and limited:
+            raise InvalidArgument(
+                f"overfit_batches={self.overfit_batches} limits training and validation itself: "
+                "leave limit_train_batches and limit_val_batches out"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,13 @@ class Extras:
     callbacks: tuple[Any, ...] = ()
     root: Path = Path("runs")
     barebones: bool = False
+
+    @property
+    def writes_into_directory(self) -> bool:
+        """Whether a logger or a callback needs a directory of the run."""
+        loggers = self.logger if isinstance(self.logger, (list, tuple)) else [self.logger]
+        named = any(one is True or isinstance(one, str) for one in loggers)
+        return named or any(getattr(c, "needs_directory", False) for c in self.callbacks)
 
     def __post_init__(self) -> None:
         _at_least_one("log_every_n_steps", self.log_every_n_steps)
@@ -140,7 +167,11 @@ def bare(extras: Extras) -> Extras:
 
 def dry(extras: Extras) -> Extras:
     """Return ``extras`` with everything off that writes files, for ``fast_dev_run``."""
-    callbacks = tuple(c for c in extras.callbacks if not isinstance(c, ModelCheckpoint))
+    callbacks = tuple(
+        c
+        for c in extras.callbacks
+        if not isinstance(c, ModelCheckpoint) and not getattr(c, "needs_directory", False)
+    )
     return replace(extras, checkpointing=False, logger=False, callbacks=callbacks)
 
 
@@ -153,10 +184,11 @@ def as_callbacks(callbacks: Any) -> tuple[Any, ...]:
 
 def _check_loggers(logger: Any) -> None:
     for one in logger if isinstance(logger, (list, tuple)) else [logger]:
-        if not isinstance(logger, bool) and not hasattr(one, "log_metrics"):
+        known = isinstance(one, bool) or one in LOGGERS if isinstance(one, (bool, str)) else False
+        if not known and not hasattr(one, "log_metrics"):
             raise InvalidArgument(
-                f"logger={one!r} has no log_metrics(metrics, step): give True, False, or loggers "
-                "with Lightning's method names"
+                f"logger={one!r} has no log_metrics(metrics, step): give True, False, "
+                f"{', '.join(map(repr, LOGGERS))}, or loggers with Lightning's method names"
             )
 
 

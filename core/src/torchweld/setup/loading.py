@@ -58,11 +58,18 @@ def evaluation_loader(launched: Launched, data: Any, *, channels_last: bool) -> 
 
 
 def validation(
-    make_loader: Callable[[Any], Loader], sets: Mapping[str, Any], duration: Duration
+    make_loader: Callable[[Any], Loader],
+    sets: Mapping[str, Any],
+    duration: Duration,
+    console: Console,
 ) -> Validation:
     """Make the loaders of ``val=``."""
     loaders = {name: make_loader(data) for name, data in sets.items()}
-    return Validation(loaders, duration.limit_val_batches)
+    for name, loader in loaders.items():
+        note = getattr(loader, "note", "")
+        if note:
+            console.say(f"validation data{f' {name!r}' if name else ''}: {note}")
+    return Validation(loaders, duration.val_batches)
 
 
 def make_timetable(
@@ -100,12 +107,12 @@ def make_timetable(
 
 
 def _limited(loader: Loader, duration: Duration) -> int | None:
-    limit = duration.limit_train_batches
+    limit = duration.train_batches
     if loader.num_batches is None:
         if isinstance(limit, float):
             raise InvalidArgument(
-                f"limit_train_batches={limit} is a fraction, and the data has no length: "
-                "give a count"
+                f"{limit} of an epoch is a fraction, and the data has no length: limit its batches "
+                "by a count"
             )
         return limit
     if limit is None:
@@ -130,7 +137,9 @@ def _with_validation_interval(table: Timetable, interval: int | float | None) ->
             f"val_check_interval={interval} is a fraction of an epoch, and the data has no length: "
             "give a number of optimizer steps"
         )
-    return replace(table, val_every_steps=max(1, round(table.steps_per_epoch * interval)))
+    steps = table.steps_per_epoch
+    marks = [round(place * interval * steps) for place in range(1, int(1 / interval + 1e-9) + 1)]
+    return replace(table, val_in_epoch=tuple(sorted({max(1, mark) for mark in marks})))
 
 
 def run_numbers(loader: Loader, table: Timetable, world_size: int) -> RunFacts:

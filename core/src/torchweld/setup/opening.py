@@ -13,10 +13,12 @@ from torchweld import rng
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.loop.computing import (
+    call_model,
     compute_by_model,
     compute_by_step,
     compute_mappings,
     compute_pairs,
+    scalar_names,
     with_names,
 )
 from torchweld.loop.evaluation import check_pair
@@ -53,7 +55,7 @@ def open_run(
     seed = wiring.plan.settings.seed
     if seed is not None:
         rng.seed_all(seed + wiring.ranks.rank)
-    wiring.handle.mode(True)
+    _start_training(wiring)
     if request.ckpt_path is not None:
         checkpoint = find_checkpoint(wiring, request.ckpt_path, _monitored(wiring))
         wiring.console.say(restore_run(run, checkpoint))
@@ -86,6 +88,18 @@ def _bind(run: TrainingRun, request: FitRequest) -> None:
         )
     )
     wiring.feed.transform = _train_transform(evaluator.transform, parts.batch_transforms)
+
+
+def _start_training(wiring: Wiring) -> None:
+    """Put the model into training, except for layers that were put into evaluation before."""
+    frozen = [(name, m) for name, m in wiring.model.named_modules() if not m.training]
+    wiring.handle.mode(True)
+    for _, module in frozen:
+        module.training = False
+    if frozen:
+        names = ", ".join(name or "the model itself" for name, _ in frozen[:3])
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        wiring.console.say(f"in evaluation while training, as given: {names}{more}")
 
 
 def _train_transform(
@@ -175,23 +189,25 @@ def _tried(wiring: Wiring, request: FitRequest, batch: Any) -> tuple[Compute, di
     forward, loss = wiring.prepared.forward, wiring.loss
     transforms = wiring.parts.target_transforms
     if loss is None:
-        compute = compute_by_model(forward, batch)
-        trial = _whole_batches(compute_by_model(wiring.prepared.evaluate, batch))
-        facts, named = try_first_batch(
-            wiring.model, wiring.prepared, batch, lambda b: (trial(b), None), lambda out, _: out
-        )
-    else:
-        make = compute_mappings if isinstance(batch, Mapping) else compute_pairs
-        compute = make(forward, loss, transforms)
-        facts, named = try_first_batch(
-            wiring.model,
-            wiring.prepared,
-            batch,
-            _trial_forward(wiring),
-            loss,
-            metrics=request.metrics if request.eval_step is None else None,
-            asks_for_soft_targets=_asks_for_soft_targets(wiring),
-        )
+        trial = _whole_batches(call_model(wiring.prepared.evaluate, batch))
+        scalars: list[str] = []
+
+        def returned(outputs: Any, _targets: Any) -> Any:
+            scalars.extend(scalar_names(outputs))
+            return outputs
+
+        facts, _ = try_first_batch(wiring.model, batch, lambda b: (trial(b), None), returned)
+        return compute_by_model(call_model(forward, batch), scalars, wiring.recorder), facts
+    make = compute_mappings if isinstance(batch, Mapping) else compute_pairs
+    compute = make(forward, loss, transforms)
+    facts, named = try_first_batch(
+        wiring.model,
+        batch,
+        _trial_forward(wiring),
+        loss,
+        metrics=request.metrics if request.eval_step is None else None,
+        asks_for_soft_targets=_asks_for_soft_targets(wiring),
+    )
     return (with_names(compute, wiring.recorder) if named else compute), facts
 
 

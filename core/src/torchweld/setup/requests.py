@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchweld.errors import InvalidArgument
+from torchweld.loop.evaluation import is_metric_object
+from torchweld.loop.schedules import LRSchedule
 from torchweld.model.names import canonical
 from torchweld.spelling import did_you_mean, listing
 
@@ -67,10 +69,12 @@ class FitRequest:
             )
         schedulers = self.lr_scheduler if self.names else {"": self.lr_scheduler}
         for scheduler in (schedulers or {}).values():
-            if scheduler is not None and not callable(scheduler):
+            by_hand = scheduler is None or isinstance(scheduler, LRSchedule)
+            if not by_hand and not callable(scheduler):
                 raise InvalidArgument(
                     f"lr_scheduler={type(scheduler).__name__}(…) belongs to an optimizer made "
-                    "before; give a function (optimizer, total_steps) -> scheduler"
+                    "before; give a function (optimizer, total_steps) -> scheduler, or an "
+                    "LRSchedule"
                 )
         check_functions(self, "loss", "step", "eval_step")
         if not self.names:
@@ -180,6 +184,8 @@ def check_metric_names(metrics: Any) -> None:
     Raises:
         InvalidArgument: says what to give.
     """
+    if is_metric_object(metrics):  # a collection, which has names of its own
+        return
     if not isinstance(metrics, Mapping):
         raise InvalidArgument(
             f"metrics={metrics!r} has no names: give a mapping such as {{'accuracy': accuracy}}"

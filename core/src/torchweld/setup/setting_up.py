@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchweld import rng
 from torchweld.callbacks import ModelCheckpoint
+from torchweld.data.repeated import RepeatedLoader
 from torchweld.errors import InvalidArgument, PlanError, RunError
 from torchweld.interfaces import Parts, SetupRequest
 from torchweld.loop.console import Console
@@ -20,6 +20,7 @@ from torchweld.loop.feed import Feed
 from torchweld.loop.handle import Handle
 from torchweld.loop.loggers import make_loggers
 from torchweld.loop.recorder import Recorder
+from torchweld.loop.schedules import Schedule, make_schedule
 from torchweld.loop.wiring import Wiring, needs_closure
 from torchweld.model.facts import loss_facts, model_facts, wants_channels_last
 from torchweld.model.parameters import (
@@ -73,6 +74,8 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     if launched.plan.settings.seed is not None:
         rng.seed_all(launched.plan.settings.seed)
     model = build_models(request.model, launched)
+    if request.optimizer is not None:
+        _into_training(model.children() if request.names else [model])
     visible = request.loss is not None and request.step is None
     facts = {**model_facts(model), **loss_facts(request.loss, visible=visible)}
     launched = replace(launched, plan=decided(launched.plan, facts))
@@ -95,6 +98,13 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     digest = model_digest(lines)
     agree_on_model(launched.ranks, lines, digest)
     return Remade(launched, done.parts, done.stateful, digest)
+
+
+def _into_training(models: Iterable[torch.nn.Module]) -> None:
+    """Train what is whole in evaluation: that is how libraries hand out pretrained models."""
+    for model in models:
+        if not any(module.training for module in model.modules()):
+            model.train()
 
 
 def _tell(done: Outcome, console: Console) -> None:
@@ -197,6 +207,7 @@ class Bound:
     Attributes:
         reports: callbacks that tell what it holds.
         members: the models by name, where there are several.
+        schedule: when the scheduler is stepped; None for several, which have their own.
     """
 
     ready: Ready
@@ -204,6 +215,7 @@ class Bound:
     scheduler: Any | None
     reports: tuple[Any, ...]
     members: Mapping[str, Member] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 Bind = Callable[[Remade, "FitRequest", "Timetable", "Config", Console], Bound]
@@ -234,8 +246,12 @@ def bind_one(
         if ready.prepared.optimizer is not None:
             say = lambda line: console.say(label + line)  # noqa: E731
             reports = memory_report(launched, shapes, ready.prepared, say)
-    scheduler = _scheduler(request, ready.prepared, table)
-    return Bound(ready, Handle(ready.prepared), scheduler, reports)
+    world_size = remade.launched.ranks.world_size
+    schedule = make_schedule(
+        request.lr_scheduler, ready.prepared.optimizer, table, world_size=world_size
+    )
+    scheduler = schedule.scheduler if schedule is not None else None
+    return Bound(ready, Handle(ready.prepared), scheduler, reports, schedule=schedule)
 
 
 def wire(
@@ -258,6 +274,9 @@ def wire(
         console.say(f"data: {note}")
     log_every = None if extras.barebones else extras.log_every_n_steps
     table = make_timetable(launched, loader, config.duration, log_every, console)
+    if config.duration.overfit_batches is not None:
+        assert table.batches_per_epoch is not None
+        loader = RepeatedLoader(loader, table.batches_per_epoch)
     check_numbers(config, plan, loader, table, ranks.world_size, console)
     bound = bind(remade, request, table, config, console)
     ready, handle = bound.ready, bound.handle
@@ -291,8 +310,9 @@ def wire(
             transform,
             parts.model,
         ),
-        validation=validation(make_loader, request.val_sets, config.duration),
+        validation=validation(make_loader, request.val_sets, config.duration, console),
         scheduler=bound.scheduler,
+        schedule=bound.schedule,
         callbacks=callbacks,
         loggers=make_loggers(extras.logger, directory) if ranks.rank == 0 else [],
         console=console,
@@ -348,28 +368,6 @@ def check_closure(prepared: Prepared, plan: Plan) -> None:
         )
 
 
-def _scheduler(request: FitRequest, prepared: Prepared, table: Timetable) -> Any | None:
-    if request.lr_scheduler is None:
-        return None
-    if table.total_steps is None:
-        raise InvalidArgument("lr_scheduler= needs to know the number of steps: give max_steps=…")
-    call = "it is called with (optimizer, total_steps): lambda optimizer, _: StepLR(optimizer, 30)"
-    try:
-        scheduler = request.lr_scheduler(prepared.optimizer, table.total_steps)
-    except TypeError as error:
-        raise InvalidArgument(f"lr_scheduler cannot be made ({error}): {call}") from error
-    if not hasattr(scheduler, "step"):
-        raise InvalidArgument(
-            f"lr_scheduler returned {type(scheduler).__name__}, which has no step(): {call}"
-        )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise InvalidArgument(
-            "lr_scheduler returned ReduceLROnPlateau, which needs a metric, and schedules are "
-            "stepped after each optimizer step: choose another, or call it in a callback"
-        )
-    return scheduler
-
-
 def _callbacks(callbacks: tuple[Any, ...], config: Config) -> tuple[Any, ...]:
     """The callbacks of the run; the one that saves comes last, to save what the others changed."""
     savers = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
@@ -380,6 +378,8 @@ def _callbacks(callbacks: tuple[Any, ...], config: Config) -> tuple[Any, ...]:
         )
     if config.extras.checkpointing and not savers:
         savers = [ModelCheckpoint()]
+    for saver in savers:
+        saver.siblings = tuple(other for other in savers if other is not saver)
     return (*others, *savers)
 
 

@@ -42,7 +42,7 @@ def bind_several(
     members: dict[str, Member] = {}
     for name, one in bound.items():
         handle: Any = one.handle
-        members[name] = Member(models[name], one.ready.prepared, handle, one.scheduler)
+        members[name] = Member(models[name], one.ready.prepared, handle, one.schedule)
         handle.others = [other.handle for other in bound.values() if other is not one]
     prepared = join(members)
     ready = {name: one.ready for name, one in bound.items()}
