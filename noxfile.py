@@ -77,7 +77,9 @@ LIBRARIES = {
 SYSTEM_PACKAGES = ["pkg-config", "libopencv-dev", "libturbojpeg0-dev", "g++"]
 # Other trainers: the benchmark measures them, and the documentation starts from their scripts.
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
-WITH_PLUGINS = [*PYTEST, *PEERS, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
+# Builds the documentation as a site.
+SITE = ["mkdocs==1.6.1"]
+WITH_PLUGINS = [*PYTEST, *PEERS, *SITE, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]
@@ -244,8 +246,11 @@ def together(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every code block of the documentation and every example."""
-    run_pytest(session, with_plugins(session, PLUGINS), "tests/together/test_docs.py")
+    """Build the documentation as a site in .site/, then run all that it shows."""
+    python = with_plugins(session, PLUGINS)
+    session.run(python, "-m", "docs.site.build")
+    names = ("docs", "examples", "language_model", "site")
+    run_pytest(session, python, *(f"tests/together/test_{name}.py" for name in names))
 
 
 @nox.session
