@@ -113,8 +113,14 @@ def decays_matrices(name: str, _module: nn.Module, parameter: nn.Parameter) -> M
     return {} if parameter.ndim > 1 else {"weight_decay": 0.0}
 
 
-def by_zero(training: Training, options: Mapping[str, Any]) -> Trained:
-    """Through the contract, on the ranks of this launch."""
+def by_zero(training: Training, options: Mapping[str, Any], *, keeps_state: bool = True) -> Trained:
+    """Through the contract, on the ranks of this launch.
+
+    Args:
+        training: what to do.
+        options: of the strategy.
+        keeps_state: read the pieces at the end, which cannot be done on a drive.
+    """
     ranks = launch("cpu")
     chosen = Bench(DEEPSPEED, options, ranks.world_size, 1e-6, SECONDS).chosen(_settings(training))
     strategy = chosen.make()
@@ -138,7 +144,8 @@ def by_zero(training: Training, options: Mapping[str, Any]) -> Trained:
         prepared.step()
         norm = prepared.grad_norm()
         done.norms += [] if norm is None else [float(norm)]
-    done.state = [kept for kept in keep(prepared.shards()) if kept.name.startswith("model/")]
+    if keeps_state:
+        done.state = [k for k in keep(prepared.shards()) if k.name.startswith("model/")]
     strategy.teardown()
     return done
 

@@ -41,17 +41,27 @@ def test_what_is_provided_follows_from_stage_and_precision(
     assert not provided & claims.lacks.keys()
 
 
-@pytest.mark.parametrize("token", sorted(deepspeed_claims(DeepSpeedOptions(), Settings()).lacks))
-def test_a_surgery_that_needs_what_is_lacking_is_refused_with_the_reason(token: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "token"),
+    [
+        *((2, token) for token in sorted(deepspeed_claims(DeepSpeedOptions(), Settings()).lacks)),
+        (3, "params.local"),  # an average of weights needs it
+    ],
+)
+def test_a_surgery_that_needs_what_is_lacking_is_refused_with_the_reason(
+    stage: Any, token: str
+) -> None:
     surgery = Component(
         "needy", "needs it", lambda: None, claims=Claims(requires=Rel(token, "it needs it"))
     )
-    plan = Trainer(strategy="deepspeed", surgery=[surgery], barebones=True).plan
+    options = DeepSpeedOptions(stage=stage)
+    strategy = use("deepspeed", stage=stage)
+    plan = Trainer(strategy=strategy, surgery=[surgery], barebones=True).plan
 
     (problem,) = plan.problems
 
     assert problem.code == "TW301"
-    assert deepspeed_claims(DeepSpeedOptions(), Settings()).lacks[token] in problem.why
+    assert deepspeed_claims(options, Settings()).lacks[token] in problem.why
 
 
 @pytest.mark.parametrize(

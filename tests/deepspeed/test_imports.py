@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from torchweld.testing import spawn_ranks
+from torchweld.testing.rank_processes import free_port
 
 PLANNING = """
 import sys
@@ -35,10 +38,12 @@ from torchweld.testing import models
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=0)  # DeepSpeed's launcher passes it
 parser.add_argument("--stage", type=int, default=2)
+parser.add_argument("--fits", type=int, default=2)
+parser.add_argument("--verbose", action="store_true")
 args = parser.parse_args()
-for _ in range(2):
+for _ in range(args.fits):
     trainer = Trainer(
-        strategy=use("deepspeed", stage=args.stage),
+        strategy=use("deepspeed", stage=args.stage, verbose=args.verbose),
         data=use("torch", batch_size=4),
         accelerator="cpu",
         max_epochs=1,
@@ -77,11 +82,39 @@ def test_two_fits_run_without_a_compiler_and_without_a_word(tmp_path: Path) -> N
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
-    place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environ = {name: value for name, value in os.environ.items() if name not in place}
     command = [sys.executable, str(script)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environ, cwd=tmp_path
+        command, capture_output=True, text=True, check=False, env=outside(), cwd=tmp_path
     )
 
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["steps", "4"] * 2, "")
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    "deepspeed": ("deepspeed.launcher.runner", "--num_gpus=2"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_starts_the_script_in_two_processes(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING)
+    port = [f"--master_port={free_port()}"] if name == "deepspeed" else []
+    command = [sys.executable, "-m", *LAUNCHERS[name], *port, str(script), "--fits=1", "--verbose"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=outside(), cwd=tmp_path
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("steps 2\n") == 2
+    # What verbose=True shows is DeepSpeed's own log.
+    assert "[Rank 0] Creating torch.float32 ZeRO stage 2 optimizer" in done.stdout + done.stderr
+    assert "built successfully" not in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def outside() -> dict[str, str]:
+    """The environment without the place of a process in a launch."""
+    place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in place}

@@ -175,6 +175,25 @@ def test_pieces_of_cast_parameters_are_read_by_every_stage(
     assert largest_difference(resumed, continued) <= (0.0 if source == target else 1e-2)
 
 
+def test_state_that_ddp_keeps_in_bf16_becomes_pieces_in_fp32(tmp_path: Path) -> None:
+    settings = Settings(precision="bf16-true")
+    saved, _ = saved_by("ddp", 2, tmp_path / "c", settings=settings)
+
+    loaded, resumed = loaded_by("zero3", 2, tmp_path / "c", settings=settings)
+
+    whole = {name for name, tensor in loaded.items() if tensor.dtype == torch.float32}
+    assert whole == loaded.keys() == resumed.keys()
+    assert different(loaded, {name: tensor.float() for name, tensor in saved.items()}) == []
+
+
+def test_pieces_in_fp32_are_not_rounded_for_who_keeps_bf16_alone(tmp_path: Path) -> None:
+    settings = Settings(precision="bf16-true")
+    saved_by("zero2", 2, tmp_path / "c", settings=settings)
+
+    with pytest.raises(RanksFailed, match="has float32, asked for bfloat16"):
+        loaded_by("ddp", 2, tmp_path / "c", settings=settings)
+
+
 # ---- groups and counters -------------------------------------------------------------------------
 
 

@@ -100,6 +100,21 @@ def test_a_gpt_with_groups_and_a_schedule_trains_as_under_ddp(
     assert own_loop or found == pytest.approx(loss, abs=2e-6)
 
 
+# ---- beside other plugins ------------------------------------------------------------------------
+
+
+def test_composers_gradient_clipping_becomes_the_engines() -> None:
+    pytest.importorskip("torchweld_composer")
+    algorithms = pytest.importorskip("composer.algorithms")
+    clipping = algorithms.GradientClipping(clipping_type="norm", clipping_threshold=0.25)
+
+    plan = Trainer(strategy="deepspeed", surgery=[clipping], barebones=True).plan
+
+    assert not plan.has_errors, plan.explain()
+    assert plan.settings.gradient_clip_val == 0.25
+    assert "the engine clips gradients at the norm 0.25" in " ".join(plan.explain().split())
+
+
 # ---- a run that goes on --------------------------------------------------------------------------
 
 

@@ -59,8 +59,8 @@ REFUSED: Mapping[str, Refused] = {
     ),
     "torch_autocast.dtype": Refused(
         lambda value: value in HALF,
-        "its loss scale is never taken from the gradients (norms are infinite, nothing is "
-        "trained), so use fp16.enabled",
+        "DeepSpeed clips gradients that its loss scale still multiplies, and never lowers that "
+        "scale after an overflow, so use fp16.enabled",
     ),
     "data_types.param_dtype": Refused(_is_given, "precision= of the Trainer says it"),
     "data_types.buffer_dtype": Refused(_is_given, "precision= of the Trainer says it"),

@@ -18,7 +18,12 @@ from torchweld.model.names import canonical
 from torchweld.model.parameters import check_materialised
 from torchweld.strategies.optimizing import make_optimizer
 from torchweld_deepspeed.config import fit_buckets
-from torchweld_deepspeed.imports import deepspeed_at_work, deepspeed_module
+from torchweld_deepspeed.imports import (
+    deepspeed_at_work,
+    deepspeed_module,
+    first_line,
+    load_drive_access,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -88,6 +93,7 @@ def make_engine(
 
     Raises:
         InvalidArgument: an optimizer that looks at more than single elements.
+        RunError: an operation that was asked for cannot be compiled here.
     """
     if is_partitioned(model):
         _hide_shapes(model)
@@ -101,7 +107,10 @@ def make_engine(
         and _device_of(config, "offload_optimizer") != "none",
     )
     fit_buckets(config, _num_trained(model))
+    swaps = "nvme" in [_device_of(config, f"offload_{what}") for what in ("optimizer", "param")]
     with deepspeed_at_work(request.env, verbose=verbose) as deepspeed:
+        if swaps:
+            load_drive_access()
         engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     zero = zero if optimizer is not None else None
     return Engine(
@@ -112,7 +121,7 @@ def make_engine(
         group_names=names,
         stage=int(engine.zero_optimization_stage()),
         offloads=_device_of(config, "offload_optimizer") != "none",
-        swaps="nvme" in [_device_of(config, f"offload_{what}") for what in ("optimizer", "param")],
+        swaps=swaps,
         notes=tuple(notes),
     )
 
@@ -181,7 +190,8 @@ def _compiled_adam(optimizer: Any) -> Any:
         return adam(groups, **hyper, adamw_mode=type(optimizer) is optim.AdamW)
     except (RuntimeError, ImportError, OSError) as error:
         raise RunError(
-            f"cpu_adam=True was asked for, and DeepSpeed cannot compile it here ({error}): install "
+            f"cpu_adam=True was asked for, and DeepSpeed cannot compile it here "
+            f"({first_line(error)}): install "
             "a C++ compiler and ninja, or leave cpu_adam out, which is exact and needs neither"
         ) from error
 

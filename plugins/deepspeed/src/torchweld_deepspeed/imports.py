@@ -83,7 +83,7 @@ def deepspeed_at_work(env: Env, *, verbose: bool) -> Iterator[ModuleType]:
     _forget_old_groups()
     _agree_on_numbers(env)
     # For the run too: what it says of its own steps is for whoever asked for it.
-    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
+    _set_log_level(logging.INFO if verbose else logging.ERROR)
     _hide_deprecations()
     linear = torch.nn.functional.linear
     with _variable("LOCAL_RANK", str(env.local_rank)):  # asserted; one process is started without
@@ -91,6 +91,28 @@ def deepspeed_at_work(env: Env, *, verbose: bool) -> Iterator[ModuleType]:
             yield deepspeed
         finally:
             torch.nn.functional.linear = linear
+
+
+def load_drive_access() -> None:
+    """Load the operation that reads and writes a drive; compiled at its first use.
+
+    Raises:
+        RunError: it cannot be compiled here.
+    """
+    accelerator = deepspeed_module("deepspeed.accelerator").get_accelerator()
+    try:
+        accelerator.create_op_builder("AsyncIOBuilder").load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise RunError(
+            "offloading to 'nvme' was asked for, and DeepSpeed cannot compile its operation "
+            f"async_io here ({first_line(error)}): install libaio-dev, a C++ compiler and ninja, "
+            "or offload to 'cpu', which needs none of them"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the output of a compiler that may follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def replace_linear() -> Callable[[], None]:
@@ -117,6 +139,13 @@ def _check_device(device: torch.device) -> None:
             f"once for a process): start Python with DS_ACCELERATOR={device.type}, or choose "
             f"accelerator={found!r}"
         )
+
+
+def _set_log_level(level: int) -> None:
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(level)
+    for handler in logger.handlers:  # each has a level of its own, which is that of warnings
+        handler.setLevel(level)
 
 
 def _hide_deprecations() -> None:

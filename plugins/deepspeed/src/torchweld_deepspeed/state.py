@@ -309,8 +309,8 @@ def _read_counter(reader: ShardReader, key: str, spans: list[Span]) -> Tensor:
 
 def _read_elements(reader: ShardReader, key: str, spans: list[Span]) -> Tensor:
     """A flat tensor of state; zero where only padding lies."""
-    dtype = reader.info(f"optim/{spans[0].name}/{key}")[1]
-    state = torch.zeros_like(spans[0].flat.detach(), dtype=dtype)
+    # In the dtype of the pieces: another strategy saves what it keeps in bf16 as such.
+    state = torch.zeros_like(spans[0].flat.detach())
     for span in spans:
         _fill(reader, f"optim/{span.name}/{key}", span.of(state), span.start)
     return state
