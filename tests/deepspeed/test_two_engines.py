@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from torchweld.testing.states import assemble, keep
 
 PLAIN = partial(SGD, lr=0.5, momentum=0.5)
 STEPS, BATCH = 3, 4
-Freeze = Callable[[nn.Module], Any]
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -46,13 +45,6 @@ def discrimination(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    model.requires_grad_(False)
-    yield
-    model.requires_grad_(True)
-
-
 def by_hand() -> dict[str, Tensor]:
     """In one process, on whole batches."""
     generator, discriminator = networks()
@@ -72,7 +64,7 @@ def by_hand() -> dict[str, Tensor]:
     }
 
 
-def by_zero(stage: int, freeze: Freeze) -> list[list[Any]]:
+def by_zero(stage: int, freezes: bool) -> list[list[Any]]:
     """The pieces of both after the same steps."""
     ranks = launch("cpu")
     strategy = bench_of(f"zero{stage}", ranks.world_size, persistence_threshold=20).chosen().make()
@@ -89,7 +81,7 @@ def by_zero(stage: int, freeze: Freeze) -> list[list[Any]]:
             discrimination(discriminator.forward(real), discriminator.forward(made))
         )
         discriminator.step()
-        with freeze(models[1]):
+        with discriminator.frozen() if freezes else nullcontext():
             generator.backward(F.softplus(-discriminator.forward(generator.forward(noise))).mean())
         generator.step()
     kept = [keep(prepared.shards()) for prepared in pair]
@@ -97,8 +89,8 @@ def by_zero(stage: int, freeze: Freeze) -> list[list[Any]]:
     return kept
 
 
-def trained(stage: int, freeze: Freeze) -> dict[str, Tensor]:
-    by_rank = run_ranks(by_zero, 2, stage, freeze, timeout_seconds=SECONDS)
+def trained(stage: int, *, freezes: bool) -> dict[str, Tensor]:
+    by_rank = run_ranks(by_zero, 2, stage, freezes, timeout_seconds=SECONDS)
     return {
         name.replace("model/", f"model/{place}."): tensor
         for place in (0, 1)
@@ -109,18 +101,14 @@ def trained(stage: int, freeze: Freeze) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_generator_and_a_discriminator_train_as_in_plain_pytorch(stage: int) -> None:
-    assert largest_difference(trained(stage, frozen), by_hand()) <= 1e-6
-
-
-def unfrozen(_model: nn.Module) -> Any:
-    return nullcontext()
+    assert largest_difference(trained(stage, freezes=True), by_hand()) <= 1e-6
 
 
 def test_without_freezing_stage_1_adds_gradients_of_a_step_that_is_not_its_own() -> None:
-    assert largest_difference(trained(1, unfrozen), by_hand()) >= 1e-4
+    assert largest_difference(trained(1, freezes=False), by_hand()) >= 1e-4
 
 
 @pytest.mark.parametrize(("stage", "said"), [(2, "already been reduced"), (3, "has no attribute")])
 def test_without_freezing_stages_2_and_3_fail(stage: int, said: str) -> None:
     with pytest.raises(RanksFailed, match=said):
-        trained(stage, unfrozen)
+        trained(stage, freezes=False)
