@@ -15,7 +15,7 @@ import click
 
 from torchweld.cli.asking import errors_in_one_line
 from torchweld.cli.group import PluginGroup
-from torchweld.cli.running import launch, new_plugin
+from torchweld.cli.running import launch, new_plugin, train
 from torchweld.cli.screens import doctor_text, plugins_data, plugins_text
 from torchweld.errors import InvalidArgument
 from torchweld.problems import TITLES
@@ -35,6 +35,7 @@ def main() -> None:
 
 
 main.add_command(launch)
+main.add_command(train)
 main.add_command(new_plugin)
 
 

@@ -63,3 +63,27 @@ def new_plugin(name: str, directory: Path) -> None:
     with errors_in_one_line():
         folder = write_plugin(name, directory)
     click.echo(next_steps(folder))
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "words", multiple=True, metavar="KEY=VALUE", help="Replace a value.")
+@click.option("--dry-run", is_flag=True, help="Print objects and plan, and start nothing.")
+@click.pass_context
+def train(ctx: click.Context, recipe: Path, words: tuple[str, ...], *, dry_run: bool) -> None:
+    r"""Run a recipe, a TOML file that names model, data, loss, optimizer and settings.
+
+    \b
+    torchweld train digits.toml
+    torchweld train digits.toml --set trainer.max_epochs=2 --set optimizer.lr=0.05
+    torchweld launch --nproc-per-node 2 -m torchweld train digits.toml
+
+    Exits with 2 when the recipe cannot be used, with 1 when the run cannot.
+    """
+    # torch takes 2-3 s to import.
+    from torchweld.cli.trained import show_recipe, train_recipe
+
+    with errors_in_one_line():
+        if dry_run:
+            ctx.exit(0 if show_recipe(recipe, words) else 1)
+        train_recipe(recipe, words)
