@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.optim import SGD, Adagrad, AdamW
 
 from tests.deepspeed.runs import (
@@ -249,6 +249,47 @@ def test_an_optimizer_that_looks_at_more_than_elements_is_refused(name: str) -> 
 
     with pytest.raises(RanksFailed, match=rf"{name} may look at whole parameters"):
         zero(training, world_size=1, stage=2)
+
+
+def half(groups: list[dict[str, Any]]) -> SGD:
+    """What is made of half of the parameters, as by a slip in a user's own function."""
+    return SGD(groups[0]["params"][:2], lr=0.1)
+
+
+def test_deepspeed_leaves_half_of_the_parameters_alone_without_a_word() -> None:
+    training = training_of("mlp", optimizer=half)
+
+    raw(training, told(2), world_size=1)
+
+    with pytest.raises(RanksFailed, match="4 parameters in 1 groups and has 2 parameters"):
+        zero(training, world_size=1, stage=2)
+
+
+def items_of(job: Any, training: Training, told_to: Mapping[str, Any]) -> int:
+    """How often a tensor was brought to the host one number at a time, set-up included."""
+    count = 0
+    item: Any = Tensor.item
+
+    def counted(self: Tensor) -> Any:
+        nonlocal count
+        count += 1
+        return item(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "item", counted)
+        job(training, told_to)
+    return count
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_number_is_brought_to_the_host_beside_the_engines_own(stage: int) -> None:
+    training = training_of("mlp")
+    config = {**told(stage), "gradient_clipping": 0.5}
+
+    theirs = run_ranks(items_of, 2, by_engine, training, config, timeout_seconds=SECONDS)
+    ours = run_ranks(items_of, 2, by_zero, training, {"stage": stage}, timeout_seconds=SECONDS)
+
+    assert len(training.steps) < ours[0] <= theirs[0]
 
 
 def matrices() -> nn.Module:

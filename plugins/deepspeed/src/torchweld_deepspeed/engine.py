@@ -144,10 +144,11 @@ def check_optimizer(optimizer: Any, groups: Sequence[ParamGroup]) -> None:
             f"to end and gives each process a piece: choose one of {known}, or strategy='ddp' or "
             "'fsdp'"
         )
-    if len(optimizer.param_groups) != len(groups):
+    if _members(optimizer.param_groups) != _members(groups):
+        # DeepSpeed trains what it finds there, and says nothing of the rest.
         raise InvalidArgument(
-            f"{name} was made of {len(groups)} parameter groups and has "
-            f"{len(optimizer.param_groups)}: make it of the groups it is given, e.g. "
+            f"{name} was given {_counted(groups)} and has {_counted(optimizer.param_groups)}, or "
+            "others: make it of the groups it is given, e.g. "
             "optimizer=functools.partial(torch.optim.AdamW, lr=1e-3)"
         )
     if isinstance(optimizer, optim.Adagrad) and not _is_uniform(optimizer):
@@ -156,6 +157,14 @@ def check_optimizer(optimizer: Any, groups: Sequence[ParamGroup]) -> None:
             "their learning rates would be lost: leave param_groups= out, or choose another "
             "optimizer"
         )
+
+
+def _members(groups: Sequence[ParamGroup]) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in groups]
+
+
+def _counted(groups: Sequence[ParamGroup]) -> str:
+    return f"{sum(len(g['params']) for g in groups)} parameters in {len(groups)} groups"
 
 
 def _is_deepspeeds(optimizer: Any) -> bool:
