@@ -239,7 +239,8 @@ def together(session: nox.Session) -> None:
     tests = ["tests/core", "tests/together", "tests/parity", "tests/fsdp"]
     # What may depend on torch; all of it runs on the newest one, in plugin(deepspeed).
     tests += [
-        f"tests/deepspeed/test_{name}.py" for name in ("faults", "parity", "state", "trainer")
+        f"tests/deepspeed/test_{name}.py"
+        for name in ("faults", "optimizers", "parity", "state", "trainer")
     ]
     run_pytest(session, with_plugins(session, PLUGINS), *tests)
 
@@ -307,6 +308,7 @@ def bench(session: nox.Session) -> None:
     python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
     session.run(python, "-m", "benchmarks.fsdp", env=ENV)
+    session.run(python, "-m", "benchmarks.zero", env=ENV)
 
 
 @nox.session
@@ -321,6 +323,7 @@ def gpu(session: nox.Session) -> None:
     python = with_plugins(session, PLUGINS)
     run_pytest(session, python, "-m", "gpu")
     session.run(python, "-m", "benchmarks.fsdp", env=ENV)
+    session.run(python, "-m", "benchmarks.zero", env=ENV)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import AdamW
+from torch.utils.data import TensorDataset
 
 from tests.deepspeed.runs import SECONDS, decays_matrices
+from torchweld import Trainer, use
 from torchweld.components import Settings
+from torchweld.errors import InvalidArgument
 from torchweld.interfaces import SetupRequest
 from torchweld.model.parameters import make_groups
 from torchweld.processes.ranks import launch
@@ -82,3 +85,25 @@ def written_into() -> None:
 
 def test_writing_a_weight_that_is_in_pieces_is_an_error() -> None:
     run_ranks(written_into, 1, timeout_seconds=SECONDS)
+
+
+def loaded_into() -> None:
+    """Start from weights, as a user who continues another training does."""
+    trainer = Trainer(
+        strategy=use("deepspeed", stage=3, zero_init=True),
+        data=use("torch", batch_size=4),
+        max_steps=1,
+        barebones=True,
+    )
+    with pytest.raises(InvalidArgument, match="was cut into pieces while the model was built"):
+        trainer.fit(
+            models.mlp,
+            TensorDataset(*models.features(8)),
+            loss=F.cross_entropy,
+            optimizer=partial(AdamW, lr=1e-2),
+            init_weights=models.mlp().state_dict(),
+        )
+
+
+def test_weights_are_refused_for_what_is_in_pieces() -> None:
+    run_ranks(loaded_into, 1, timeout_seconds=SECONDS)

@@ -191,6 +191,11 @@ def _misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     _make_room(model)
     for name, tensor in _named_tensors(model).items():
+        if 0 in tensor.stride() and tensor.numel() > 1:
+            raise InvalidArgument(
+                f"init_weights: {name!r} was cut into pieces while the model was built, so no "
+                "weights can be written into it: leave out the option of the strategy that does so"
+            )
         tensor.copy_(weights[name])
 
 
