@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchweld.checkpoint import load_weights
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Parts
+from torchweld.model.earlier import EarlierSurgeries
 from torchweld.model.names import persistent_buffers
 from torchweld.model.parameters import owned_parameters
 from torchweld.model.surgery import (
@@ -65,16 +66,26 @@ class Outcome:
         reports: one a surgery.
         problems: warnings, and what the user allowed.
         stateful: by component name what it added that has state to be saved.
+        done_before: names of surgeries that were left out.
     """
 
     parts: Parts
     reports: Sequence[Operated]
     problems: Sequence[Problem]
     stateful: Mapping[str, Any]
+    done_before: Sequence[str] = ()
 
 
-def operate_all(parts: Parts, surgeries: Sequence[tuple[Chosen, Any]], plan: Plan) -> Outcome:
+def operate_all(
+    parts: Parts,
+    surgeries: Sequence[tuple[Chosen, Any]],
+    plan: Plan,
+    earlier: EarlierSurgeries | None = None,
+) -> Outcome:
     """Apply every surgery in plan order and check each against its claims.
+
+    Args:
+        earlier: what was done to models before, and is left out; takes note of what is done now.
 
     Raises:
         SurgeryError: a change outside the claims; under ``strict`` also no change. What ``allow``
@@ -83,16 +94,22 @@ def operate_all(parts: Parts, surgeries: Sequence[tuple[Chosen, Any]], plan: Pla
     reports: list[Operated] = []
     problems: list[Problem] = []
     stateful: dict[str, Any] = {}
+    earlier = EarlierSurgeries() if earlier is None else earlier
+    names = [chosen.name for chosen, _ in surgeries]
+    done = [name for name in names if earlier.is_done(parts.model, name)]
     for chosen, surgery in surgeries:
+        if chosen.name in done:
+            continue
         before, old = snapshot(parts), parts
         parts = operate(chosen, surgery, parts)
         found = difference(before, snapshot(parts))
+        earlier.note(chosen.name, found.fields, old.model, parts.model)
         problems += check_claims(chosen.name, found, chosen.claims(plan.settings))
         reports.append(Operated(chosen, found))
         stateful.update(_stateful(chosen.name, old, parts))
     settled = plan.settle(problems)
     raise_beyond_claims(settled)
-    return Outcome(parts, reports, settled, stateful)
+    return Outcome(parts, reports, settled, stateful, done)
 
 
 def _stateful(name: str, before: Parts, after: Parts) -> dict[str, Any]:

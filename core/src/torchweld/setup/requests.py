@@ -12,6 +12,7 @@ from torch import nn
 from torchweld.errors import InvalidArgument
 from torchweld.loop.evaluation import is_metric_object
 from torchweld.loop.schedules import LRSchedule
+from torchweld.model.earlier import EarlierSurgeries
 from torchweld.model.names import canonical
 from torchweld.spelling import did_you_mean, listing
 
@@ -30,6 +31,7 @@ class Config:
     duration: Duration
     extras: Extras
     devices: int | None
+    earlier: EarlierSurgeries = field(default_factory=EarlierSurgeries)
 
 
 @dataclass(frozen=True)

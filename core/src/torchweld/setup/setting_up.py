@@ -91,7 +91,7 @@ def remake(launched: Launched, request: FitRequest, config: Config, console: Con
     )  # fmt: skip
     # Made anew for every run: a surgery may keep things between the steps of one.
     surgeries = [(chosen, build(chosen)) for chosen in launched.plan.surgeries]
-    done = operate_all(parts, surgeries, launched.plan)
+    done = operate_all(parts, surgeries, launched.plan, config.earlier)
     weights.load_late(done.parts.model)
     _tell(done, console)
     lines = model_lines(done.parts.model)
@@ -108,6 +108,8 @@ def _into_training(models: Iterable[torch.nn.Module]) -> None:
 
 
 def _tell(done: Outcome, console: Console) -> None:
+    for name in done.done_before:
+        console.say(f"{name}: done to this model in an earlier run of this Trainer")
     for report in done.reports:
         console.say(str(report))
     for problem in done.problems:
