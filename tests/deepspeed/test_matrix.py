@@ -21,12 +21,9 @@ from torchweld.testing.strategy_session import Case, Step
 
 SOURCES = ("ddp", "zero1", "zero2", "zero3")
 TARGETS = tuple(name for name in sorted(components()) if name != "single")
-TOLERANCES = {
-    "mlp": 2e-7,
-    "frozen": 2e-7,
-    "convnet": 2e-7,
-    "gpt": 1e-5,  # Adam divides rounding noise by its own size
-}
+MODELS = ("mlp", "frozen", "convnet", "gpt")
+TOLERANCE = 1e-7
+"""Of weights after one more step, whose gradients other ranks add up in another order."""
 
 pytestmark = pytest.mark.soak
 
@@ -37,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str]
     folder = tmp_path_factory.mktemp("checkpoints")
     return {
         (model, source): (path, saved_by(source, 2, path, model))
-        for model in TOLERANCES
+        for model in MODELS
         for source in SOURCES
         for path in (folder / f"{model}-{source}",)
     }
@@ -49,7 +46,7 @@ def load_each(case: Case, dirty: Step, after: Step, paths: list[str]) -> list[An
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("model", TOLERANCES)
+@pytest.mark.parametrize("model", MODELS)
 def test_each_source_is_read_bitwise_and_goes_on(
     written: Any, model: str, target: str, world_size: int
 ) -> None:
@@ -67,4 +64,4 @@ def test_each_source_is_read_bitwise_and_goes_on(
         print(f"{model}: {source} on 2 -> {target} on {world_size}: {apart:.2g}")
         assert different(loaded, saved) == [], source
         same = source == target and world_size == 2
-        assert apart <= (0.0 if same else TOLERANCES[model]), source
+        assert apart <= (0.0 if same else TOLERANCE), source
