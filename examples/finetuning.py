@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchweld import Trainer
-from torchweld.interfaces import Border, Run
+from torchweld import Trainer, Unfreeze
 
 
 class Net(nn.Module):
@@ -65,18 +64,6 @@ def pretrain(data: TensorDataset) -> Net:
     return model
 
 
-class Unfreeze:
-    """A callback: trains ``module`` from an epoch on."""
-
-    def __init__(self, module: nn.Module, epoch: int) -> None:
-        self.module, self.epoch = module, epoch
-
-    def at(self, border: Border, run: Run) -> None:
-        """Called between epochs, among other moments."""
-        if border.progress.epoch >= self.epoch:
-            self.module.requires_grad_(requires_grad=True)
-
-
 def slowly(name: str, _module: nn.Module, _parameter: nn.Parameter) -> Mapping[str, object]:
     """A smaller learning rate for the backbone."""
     return {"lr": 1e-3} if name.startswith("backbone.") else {}
@@ -106,7 +93,7 @@ def main() -> None:
     trainer = Trainer(
         strategy=options.strategy,
         max_epochs=options.epochs,
-        callbacks=Unfreeze(model.backbone, options.unfreeze),
+        callbacks=Unfreeze("backbone.", at_epoch=options.unfreeze),
     )
     result = trainer.fit(
         model,

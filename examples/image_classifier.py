@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchweld import Claims, Component, Parts, Trainer
+from torchweld import Claims, Component, LRSchedule, Parts, Trainer
 
 
 def load_data() -> tuple[TensorDataset, TensorDataset]:
@@ -122,9 +122,7 @@ def main() -> None:
         loss=smoothed,
         metrics={"accuracy": accuracy},
         optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler=lambda o, steps: MultiStepLR(
-            o, [m * steps // options.epochs for m in milestones]
-        ),
+        lr_scheduler=LRSchedule(lambda o, _: MultiStepLR(o, milestones), interval="epoch"),
     )
     print(f"accuracy: {result.metrics['val_accuracy']:.4f}")
     averaged = trainer.evaluate(average.module, val_loader, metrics={"accuracy": accuracy})
