@@ -11,7 +11,7 @@ import pytest
 
 from tests.core.stand_ins import STAND_INS, choose, chosen, strategy, surgery
 from torchweld import Adapt, Claims, Rel, Settings, use
-from torchweld.components import Chosen, Component
+from torchweld.components import Chosen, CompileOptions, Component
 from torchweld.errors import InvalidArgument
 from torchweld.plan import Plan
 from torchweld.problems import Problem
@@ -500,7 +500,7 @@ def test_missing_component_cannot_be_allowed() -> None:
 def test_strict_turns_warnings_into_errors_and_leaves_notes() -> None:
     members = [*chosen("progressive_resizing", "single"), surgery("ant"), surgery("bee")]
 
-    plan = plan_of(*members, settings=Settings(compile=True), strict=True)
+    plan = plan_of(*members, settings=Settings(compile=CompileOptions()), strict=True)
 
     assert [(p.code, p.severity) for p in plan.problems] == [("TW302", "error"), ("TW402", "note")]
 

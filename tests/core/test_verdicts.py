@@ -9,7 +9,7 @@ import pytest
 
 from tests.core.stand_ins import choose
 from torchweld import Settings, Use, use
-from torchweld.components import Chosen
+from torchweld.components import Chosen, CompileOptions
 from torchweld.plan import Plan
 from torchweld.resolve import resolve
 
@@ -23,6 +23,7 @@ class Row(NamedTuple):
 
 
 CAST = Settings(precision="bf16-true")
+COMPILED = Settings(compile=CompileOptions())
 CPU = Settings(accelerator="cpu")
 Z3 = use("deepspeed", stage=3)
 Z3_INIT = use("deepspeed", stage=3, init=True)
@@ -101,7 +102,7 @@ ROWS = [
     Row(["randaugment", "single", "torch"], "", "ok"),
     Row(["progressive_resizing", "selective_backprop", "single"], "not model.batchnorm", "ordered"),
     Row(["selective_backprop", "single"], "model.batchnorm", "ok+warn", "TW302"),
-    Row(["progressive_resizing", "single"], "", "ok+warn", "TW302", Settings(compile=True)),
+    Row(["progressive_resizing", "single"], "", "ok+warn", "TW302", COMPILED),
     Row(["low_precision_layernorm", "single"], "", "ok+warn", "TW301", CPU),
     Row(["fsdp", "deepspeed"], "world>1", "refused", "TW201"),
     Row(["single", "torch", "ffcv"], "", "refused", "TW201"),

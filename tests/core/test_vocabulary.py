@@ -65,7 +65,10 @@ def test_every_source_of_tokens_is_used() -> None:
 def test_what_the_run_decides() -> None:
     run = {name for name, token in TOKENS.items() if token.source == "run"}
 
-    assert run == {"world>1", "precision.fp16", "precision.reduced", "compile", "device.cuda"}
+    assert run == {
+        "world>1", "precision.fp16", "precision.reduced", "compile", "activation_checkpointing",
+        "device.cuda",
+    }  # fmt: skip
 
 
 def test_no_word_is_both_a_slot_and_a_token() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import torchweld_ffcv
 from tests.ffcv.reading import load, pictures, write
 from torchweld import Claims, Component, Rel, Settings, use
+from torchweld.components import CompileOptions
 from torchweld.planning import make_plan
 from torchweld.registry import Registry
 from torchweld_ffcv import image
@@ -36,7 +37,7 @@ def plan_of(*surgery: Any, facts: Any = None, compiled: bool = False, **options:
         strategy="single",
         data=use("ffcv", **{"batch_size": 4, **options}),
         surgery=surgery,
-        settings=Settings(compile=compiled),
+        settings=Settings(compile=CompileOptions() if compiled else None),
         facts={**FACTS, **(facts or {})},
     )
 

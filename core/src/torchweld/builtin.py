@@ -75,13 +75,14 @@ def _ddp_claims(options: DdpOptions, settings: Settings) -> Claims:
             Adapt(unused, why + ", and processes may skip different layers", when="graph.random"),
             Adapt(unused, why + ", and some get frozen on the way", when="params.freeze_midrun"),
         ),
-        settles=(
-            (
-                "each process normalises BatchNorm with its own batch; buffers are rank 0's",
-                "that is the definition of data-parallel training; SyncBatchNorm needs GPUs",
-            ),
-        ),
+        settles=() if settings.sync_batchnorm else (_OWN_STATISTICS,),
     )
+
+
+_OWN_STATISTICS = (
+    "each process normalises BatchNorm with its own batch; buffers are rank 0's",
+    "that is the definition of data-parallel training; SyncBatchNorm needs GPUs",
+)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,33 @@ Precision = Literal["32", "bf16", "bf16-true", "16"]
 
 
 @dataclass(frozen=True)
+class CompileOptions:
+    """Options of ``torch.compile``, with its defaults, for each unit of the model."""
+
+    backend: str | Callable[..., Any] = "inductor"  # a name of torch.compiler.list_backends()
+    mode: str | None = None  # of inductor: "reduce-overhead", "max-autotune", …
+    dynamic: bool | None = None  # None: another size is compiled once more, for every size
+    fullgraph: bool = False  # a graph break is an error
+    options: Mapping[str, Any] | None = None  # of the backend
+    units: str | tuple[str, ...] = ()  # classes or modules instead of the strategy's units
+
+
+@dataclass(frozen=True)
+class CheckpointingOptions:
+    """Options of ``torch.utils.checkpoint``, with its defaults, for each unit of the model."""
+
+    units: str | tuple[str, ...] = ()  # classes or modules instead of the strategy's units
+    every: int = 1  # only every so many units, the first ones left out
+    preserve_rng_state: bool = True  # the recomputation draws the same random numbers
+    determinism_check: Literal["default", "none"] = "default"  # of recomputed shapes and dtypes
+    context_fn: Callable[[], Any] | None = None  # selective: what is kept in the region after all
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: give 1 for all units, 2 for every other one, …")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Concerns that core settles; a strategy writes every one explicitly, also "off".
 
@@ -30,8 +57,10 @@ class Settings:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
-    compile: bool = False
-    activation_checkpointing: bool = False
+    compile: CompileOptions | None = None
+    activation_checkpointing: CheckpointingOptions | None = None
+    deterministic: bool | Literal["warn"] = False
+    sync_batchnorm: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int | None = None
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TypeVar, cast
 
 from torchweld.claims import Phase
 from torchweld.components import Choice, Chosen, Settings
+from torchweld.errors import InvalidArgument
 from torchweld.plan import Plan
+from torchweld.plugins.options import build_options
 from torchweld.problems import Problem
 from torchweld.registry import Registry
 from torchweld.resolve import resolve
+
+T = TypeVar("T")
 
 
 def make_plan(
@@ -59,6 +65,31 @@ def make_plan(
         strict=strict,
         offered=registry.offered(settings),
     )
+
+
+def per_unit(setting: str, options: type[T], value: object) -> T | None:
+    """Read ``compile=`` and ``activation_checkpointing=``: off, on, or on with options.
+
+    Args:
+        setting: its name, for the message.
+        options: the record of its options.
+        value: False or None, True, a mapping, or a record.
+
+    Raises:
+        InvalidArgument: something else, or an option that does not exist or fit.
+    """
+    if value is None or value is False or isinstance(value, options):
+        return value or None
+    if value is not True and not isinstance(value, Mapping):
+        names = ", ".join(field.name for field in fields(options))  # type: ignore[arg-type]  # a dataclass
+        raise InvalidArgument(
+            f"{setting}={value!r}: give True, False, or a mapping of its options ({names})"
+        )
+    made, problems = build_options(setting, options, {} if value is True else value)
+    if problems:
+        said = (": ".join(filter(None, [p.what, p.why, p.fix])) for p in problems)
+        raise InvalidArgument("; ".join(said))
+    return cast("T", made)
 
 
 def auto_strategy(world_size: int) -> str:

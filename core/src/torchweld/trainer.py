@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from torchweld.components import Choice, Settings
+from torchweld.components import CheckpointingOptions, Choice, CompileOptions, Settings
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Parts, Result
 from torchweld.loop.console import Console
 from torchweld.loop.evaluation import as_metrics
 from torchweld.model.remaking import operate_all
-from torchweld.planning import auto_strategy, make_plan
+from torchweld.planning import auto_strategy, make_plan, per_unit
 from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
 from torchweld.registry import Registry
@@ -26,17 +26,21 @@ from torchweld.setup.flags import (
     Extras,
     as_callbacks,
     bare,
+    clip_value,
     dry,
     parse_accelerator,
+    parse_deterministic,
     parse_devices,
     parse_precision,
     parse_seed,
+    positive,
 )
 from torchweld.setup.launching import Launched, start
 from torchweld.setup.opening import open_run
 from torchweld.setup.requests import Config, FitRequest
 from torchweld.setup.setting_up import bind_one, wire
 from torchweld.setup.several import bind_several
+from torchweld.setup.surroundings import surroundings
 from torchweld.setup.versions import headline
 
 if TYPE_CHECKING:
@@ -71,6 +75,12 @@ class Trainer:
         fast_dev_run: one training step and one validation batch (or so many), nothing written.
         seed: None leaves the random state alone; else the same on every rank through set-up, then
             ``seed + rank``.
+        deterministic: let torch choose deterministic algorithms during the run; ``"warn"`` where
+            there is none. Without ``seed`` random numbers are still other ones each time.
+        sync_batchnorm: BatchNorm over the batches of all processes; on GPUs only.
+        compile: compile each unit of the model in place; a mapping for ``torch.compile``'s options.
+        activation_checkpointing: compute the activations of each unit again in the backward pass
+            instead of keeping them; a mapping for options, see ``CheckpointingOptions``.
         allow: keys of findings to accept, e.g. ``"TW302:cutmix+mixup"``; they stay in the plan.
         strict: warnings of the plan, and surgeries that change nothing, become errors.
         registry: what can be chosen; everything installed by default.
@@ -109,17 +119,27 @@ class Trainer:
         barebones: bool = False,
         fast_dev_run: bool | int = False,
         seed: int | None = None,
+        deterministic: bool | Literal["warn"] = False,
+        sync_batchnorm: bool = False,
+        compile: bool | Mapping[str, Any] = False,
+        activation_checkpointing: bool | Mapping[str, Any] = False,
         allow: Sequence[str] = (),
         strict: bool = False,
         registry: Registry | None = None,
     ) -> None:
         settings = Settings(
             precision=parse_precision(precision),
-            accumulate_grad_batches=_positive("accumulate_grad_batches", accumulate_grad_batches),
-            gradient_clip_val=_clip_value(gradient_clip_val, gradient_clip_algorithm),
+            accumulate_grad_batches=positive("accumulate_grad_batches", accumulate_grad_batches),
+            gradient_clip_val=clip_value(gradient_clip_val, gradient_clip_algorithm),
             gradient_clip_algorithm=gradient_clip_algorithm,
             accelerator=parse_accelerator(accelerator),
             seed=parse_seed(seed),
+            compile=per_unit("compile", CompileOptions, compile),
+            activation_checkpointing=per_unit(
+                "activation_checkpointing", CheckpointingOptions, activation_checkpointing
+            ),
+            deterministic=parse_deterministic(deterministic),
+            sync_batchnorm=bool(sync_batchnorm),
         )
         duration = Duration(
             max_epochs=max_epochs,
@@ -268,7 +288,7 @@ class Trainer:
         request.check()
         launched = self._launch()
         where: dict[str, Any] = {"doing": "set-up"}
-        with launched.ranks.first_cause(where):
+        with launched.ranks.first_cause(where), surroundings(launched.plan.settings):
             console = self._console(launched)
             bind = bind_several if request.names else bind_one
             wiring = wire(launched, request, self._config, console, bind)
@@ -376,20 +396,3 @@ _ANY_TRAINING = {
     "loss.smooths": False,
     "inputs.4d": True,
 }
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1")
-    return value
-
-
-def _clip_value(value: float | None, algorithm: str) -> float | None:
-    if algorithm not in {"norm", "value"}:
-        raise InvalidArgument(f"gradient_clip_algorithm={algorithm!r}: choose 'norm' or 'value'")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and value >= 0):
-        raise InvalidArgument(
-            f"gradient_clip_val={value!r}: give a number above 0, or None for off"
-        )
-    return None if value == 0 else value

@@ -281,6 +281,13 @@ _RUN_TOKENS = (
         "the model is not compiled",
     ),
     Token(
+        "activation_checkpointing",
+        "run",
+        "a part of the model runs a second time in the backward pass",
+        "activations are computed again in the backward pass",
+        "activations are kept for the backward pass",
+    ),
+    Token(
         "device.cuda",
         "run",
         "some kernels exist for CUDA only",

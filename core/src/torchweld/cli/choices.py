@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torchweld.components import Choice, Settings, Use
+from torchweld.components import CheckpointingOptions, Choice, CompileOptions, Settings, Use
 from torchweld.errors import InvalidArgument
+from torchweld.planning import per_unit
 from torchweld.plugins.options import build_options
 from torchweld.spelling import did_you_mean
 
@@ -21,6 +22,10 @@ _ARGUMENTS = ("strategy", "data", "val_data", "surgery")
 _SETTINGS = tuple(f.name for f in fields(Settings))
 _INTEGER = re.compile(r"[+-]?(0|[1-9](_?\d)*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9](_?\d)*)(\.\d(_?\d)*)?([eE][+-]?\d+)?|inf|nan)")
+_PER_UNIT: Mapping[str, type] = {
+    "compile": CompileOptions,
+    "activation_checkpointing": CheckpointingOptions,
+}
 _BRACKETS = {"[": "]", "{": "}"}
 
 LONG_PRECISIONS: Mapping[str, str] = {
@@ -71,6 +76,8 @@ def read_settings(given: Mapping[str, object]) -> Settings:
     if "precision" in values:
         precision = str(values["precision"])
         values["precision"] = LONG_PRECISIONS.get(precision, precision)
+    for name, options in _PER_UNIT.items():
+        values[name] = per_unit(name, options, values.get(name))
     settings, problems = build_options("torchweld plan", Settings, values)
     if problems:
         raise InvalidArgument("; ".join(f"{p.what}: {p.why}" for p in problems))

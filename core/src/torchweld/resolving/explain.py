@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from torchweld.resolving.declared import PHASES, options_text
+from torchweld.resolving.declared import PHASES, options_text, value_text
 from torchweld.vocabulary import find_token
 
 if TYPE_CHECKING:
@@ -30,7 +31,14 @@ def explain_plan(plan: Plan, *, world_size: int | None = None, memory: Sequence[
     """
     blocks = [
         _headline(plan, world_size),
-        "\n".join(line for phase in PHASES for line in _phase_lines(plan, phase, world_size)),
+        "\n".join(
+            line
+            for phase in PHASES
+            for line in (
+                *(_core_lines(plan.settings) if phase == "strategy" else ()),
+                *_phase_lines(plan, phase, world_size),
+            )
+        ),
         "\n".join([*_deferred_lines(plan), *_settled_lines(plan), *_memory_lines(memory)]),
         *(problem_text(problem) for problem in plan.problems),
     ]
@@ -103,6 +111,34 @@ def _phase_lines(plan: Plan, phase: str, world_size: int | None) -> Iterator[str
         yield from _hang(head, notes[0] if notes else "", _INDENT)
         for note in notes[1:]:
             yield from _hang(" " * _INDENT, note, _INDENT)
+
+
+def _core_lines(settings: Settings) -> Iterator[str]:
+    """What core does to the model between the loader and the strategy, in this order."""
+    done = {
+        "sync_batchnorm": "over all processes" if settings.sync_batchnorm else "",
+        "checkpointing": _per_unit(settings.activation_checkpointing),
+        "compile": _per_unit(settings.compile),
+        "deterministic": _deterministic_text(settings),
+    }
+    for number, (name, text) in enumerate((n, t) for n, t in done.items() if t):
+        label = "" if number else "core"
+        yield from _hang(f"{label:{_LABEL}}  {name:{_NAME}}", text, _INDENT)
+
+
+def _per_unit(options: Any) -> str:
+    """The options that differ from their defaults."""
+    if options is None:
+        return ""
+    changed = [f for f in fields(options) if getattr(options, f.name) != f.default]
+    said = ", ".join(f"{f.name}={value_text(getattr(options, f.name))}" for f in changed)
+    return f"per unit, in place{'   ' if said else ''}{said}"
+
+
+def _deterministic_text(settings: Settings) -> str:
+    if settings.deterministic == "warn":
+        return "where torch has such an algorithm; warns elsewhere"
+    return "during the run" if settings.deterministic else ""
 
 
 def _notes(plan: Plan, chosen: Chosen, world_size: int | None) -> Iterator[str]:

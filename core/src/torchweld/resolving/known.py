@@ -82,6 +82,7 @@ def _facts_of(settings: Settings) -> dict[str, bool]:
         "precision.reduced": settings.precision != "32",
         "precision.fp16": settings.precision == "16",
         "compile": bool(settings.compile),
+        "activation_checkpointing": bool(settings.activation_checkpointing),
     }
     if settings.accelerator != "auto":
         facts["device.cuda"] = settings.accelerator == "cuda"

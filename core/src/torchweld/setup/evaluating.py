@@ -16,6 +16,7 @@ from torchweld.model.facts import wants_channels_last
 from torchweld.setup.loading import evaluation_loader
 from torchweld.setup.requests import FitRequest, check_functions, check_metric_names
 from torchweld.setup.setting_up import remake, set_up
+from torchweld.setup.surroundings import surroundings
 from torchweld.setup.versions import headline
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def evaluate_model(
     """Return loss and metrics; of the trained model where there is one."""
     with (
         launched.ranks.first_cause({"doing": "evaluation"}),
+        surroundings(launched.plan.settings),
         _ready(request, launched, config, trained) as (evaluator, loader),
     ):
         return evaluator.evaluate(loader)
@@ -66,6 +68,7 @@ def predict_model(
     """Return this rank's outputs, batch by batch."""
     with (
         launched.ranks.first_cause({"doing": "prediction"}),
+        surroundings(launched.plan.settings),
         _ready(request, launched, config, trained) as (evaluator, loader),
     ):
         return evaluator.predict(loader)

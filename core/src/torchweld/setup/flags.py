@@ -45,6 +45,44 @@ def parse_seed(value: Any) -> int | None:
     raise InvalidArgument(f"seed={value!r}: give a whole number of at least 0, or None")
 
 
+def parse_deterministic(value: Any) -> bool | Literal["warn"]:
+    """Return True, False or ``"warn"``.
+
+    Raises:
+        InvalidArgument: something else.
+    """
+    if isinstance(value, bool) or value == "warn":
+        return cast('bool | Literal["warn"]', value)
+    raise InvalidArgument(f"deterministic={value!r}: give True, False or 'warn'")
+
+
+def positive(name: str, value: Any) -> int:
+    """Return a count of at least 1.
+
+    Raises:
+        InvalidArgument: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{name}={value!r}: give a whole number of at least 1")
+    return value
+
+
+def clip_value(value: float | None, algorithm: str) -> float | None:
+    """Return the limit of gradients, None for off.
+
+    Raises:
+        InvalidArgument: no number, a negative one, or an unknown algorithm.
+    """
+    if algorithm not in {"norm", "value"}:
+        raise InvalidArgument(f"gradient_clip_algorithm={algorithm!r}: choose 'norm' or 'value'")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and value >= 0):
+        raise InvalidArgument(
+            f"gradient_clip_val={value!r}: give a number above 0, or None for off"
+        )
+    return None if value == 0 else value
+
+
 def parse_devices(value: Any) -> int | None:
     """Return how many processes must have been launched, None for any number.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchweld.errors import InvalidArgument, PluginError, TorchweldError
+from torchweld.model.batchnorm import check_can_synchronise
 from torchweld.model.facts import run_facts
 from torchweld.model.precision import check_precision
 from torchweld.processes.agree import agree_on_plan
@@ -56,6 +57,8 @@ def _agreed(plan: Plan, ranks: Ranks, devices: int | None) -> Launched:
     plan = plan.with_facts(run_facts(ranks.env))
     agree_on_plan(ranks, plan)
     check_precision(plan.settings.precision, ranks.env.device)
+    if plan.settings.sync_batchnorm:
+        check_can_synchronise(ranks.env)
     strategy = build(plan.strategy)
     data = build(plan.data)
     val_data = build(plan.val_data) if plan.val_data is not None else data

@@ -28,6 +28,7 @@ from torchweld.model.facts import batch_facts, try_first_batch
 from torchweld.model.remaking import bind_parts
 from torchweld.nesting import shapes
 from torchweld.setup.setting_up import decided
+from torchweld.setup.surroundings import uncompiled
 
 if TYPE_CHECKING:
     from torchweld.loop.wiring import Wiring
@@ -158,7 +159,8 @@ def _first_batch(run: TrainingRun, request: FitRequest) -> Compute | None:
             run.plan = plan  # what the body of an own loop makes of a batch is its own affair
             return None
         _check_form(wiring, batch)
-        compute, facts = _tried(wiring, request, batch)
+        with uncompiled(wiring.plan.settings):
+            compute, facts = _tried(wiring, request, batch)
         plan = decided(plan, {name: v for name, v in facts.items() if name not in plan.facts})
     run.plan = plan
     return compute

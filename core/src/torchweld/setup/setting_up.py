@@ -39,6 +39,7 @@ from torchweld.model.several import build_models, each_its_own, weights_of
 from torchweld.processes.agree import agree_on_model
 from torchweld.resolving.explain import render_problems
 from torchweld.setup.directory import make_directory
+from torchweld.setup.improving import improved
 from torchweld.setup.launching import Launched, build, guarded
 from torchweld.setup.loading import (
     data_seed,
@@ -155,7 +156,8 @@ class Ready:
 
 def set_up(remade: Remade, console: Console) -> Ready:
     """Group the parameters, hand the model to the strategy, check what is trained."""
-    launched, parts = remade.launched, remade.parts
+    launched = remade.launched
+    parts = improved(launched, remade.parts, console)
     provides = strategy_tokens(launched.plan)
     groups = _groups(parts, provides, console) if parts.optimizer is not None else []
     factory = None if parts.optimizer is None else CheckedFactory(parts.optimizer)

@@ -48,6 +48,12 @@ EMPTY = (
     "at stage 3 parameters are empty between two steps; strategy='fsdp' keeps shards that an "
     "average can read"
 )
+_NO_COMPILE = Rel(
+    "compile",
+    "at stage 3 DeepSpeed gathers each layer in hooks that torch.compile cannot trace, and the "
+    "first step fails",
+    "stage=2, strategy='fsdp', or leave compile out",
+)
 CASTS = {
     "bf16-true": "precision='bf16-true' casts parameters; precision='bf16' keeps them in fp32",
     "16": "precision='16' is DeepSpeed's own, which casts parameters over fp32 copies; "
@@ -70,6 +76,7 @@ def deepspeed_claims(options: DeepSpeedOptions, settings: Settings) -> Claims:
         provides=provides,
         lacks=lacks,
         requires=tuple(_required(options, settings)),
+        forbids=_NO_COMPILE if options.stage == 3 else (),
         sets=find_wishes(options, settings),
         settles=(*_settled(options, settings), *find_notes(options)),
     )

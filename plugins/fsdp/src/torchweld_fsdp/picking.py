@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Union
@@ -12,16 +11,13 @@ from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from torchweld.errors import InvalidArgument
+from torchweld.model.blocks import CONTAINERS, numel, repeated_blocks
 from torchweld.spelling import did_you_mean, listing
 from torchweld_fsdp.options import Wrap
 
 Predicate = Callable[[str, nn.Module], bool]
 Entry = Union[str, type[nn.Module], nn.Module]
 
-SMALLEST_SHARE = 0.005  # gathering less than this one by one costs more than keeping it in the root
-# fully_shard of torch 2.7 refuses these and their subclasses, with a forward of their own or not;
-# later versions refuse those without one.
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _KINDS = (
     "None (automatic), class names or classes, names of modules or modules, a number of "
     "parameters, a predicate (name, module) -> bool, or a policy of torch.distributed.fsdp.wrap"
@@ -36,7 +32,7 @@ def pick_modules(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
             something that is no way to choose.
     """
     if wrap is None:
-        return _repeated_blocks(model)
+        return repeated_blocks(model)
     if isinstance(wrap, int) and not isinstance(wrap, bool):
         return _pick_by_size(model, wrap)
     if isinstance(wrap, (str, type, nn.Module)):
@@ -49,40 +45,6 @@ def pick_modules(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     if hasattr(wrap, "_run_policy") or callable(wrap):
         return _pick_by_rule(model, wrap)
     raise InvalidArgument(f"wrap={wrap!r} does not say which modules are units: give {_KINDS}")
-
-
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with children whose class occurs more than once."""
-    smallest = SMALLEST_SHARE * numel(model)
-    repeated, siblings = _repeated_classes(model), _sibling_sequentials(model)
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if module is model or module in inside or isinstance(module, CONTAINERS):
-            continue
-        wanted = type(module) in repeated or module in siblings
-        if wanted and _has_children(module) and numel(module) >= smallest:
-            blocks.append(module)
-            inside.update(module.modules())
-    return blocks
-
-
-def _repeated_classes(model: nn.Module) -> set[type[nn.Module]]:
-    children = (child for module in model.modules() for child in module.children())
-    counts = Counter(type(child) for child in children if numel(child) and _has_children(child))
-    plain = {nn.Sequential, *CONTAINERS}
-    return {kind for kind, count in counts.items() if count > 1 and kind not in plain}
-
-
-def _sibling_sequentials(model: nn.Module) -> set[nn.Module]:
-    """Plain Sequentials in a ModuleList of nothing else: the layers of a model without classes."""
-    found: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            entries = [child for child in module.children() if numel(child)]
-            if len(entries) > 1 and all(type(entry) is nn.Sequential for entry in entries):
-                found.update(entries)
-    return found
 
 
 def _pick_by_size(model: nn.Module, smallest: int) -> list[nn.Module]:
@@ -192,15 +154,6 @@ def nameable_classes(model: nn.Module) -> set[str]:
     """The classes that can be named: of what is below the root, no container, with parameters."""
     below = (module for module in model.modules() if module is not model and numel(module))
     return {type(module).__name__ for module in below if not isinstance(module, CONTAINERS)}
-
-
-def numel(module: nn.Module) -> int:
-    """Number of parameter entries of ``module``, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 def _spelt(asked: object) -> str:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torchweld.model.blocks import CONTAINERS, numel
 from torchweld.spelling import listing
 from torchweld_fsdp.options import Wrap
-from torchweld_fsdp.picking import CONTAINERS, nameable_classes, numel, pick_modules
+from torchweld_fsdp.picking import nameable_classes, pick_modules
 
 Named = tuple[str, nn.Module]
 
