@@ -107,6 +107,7 @@ def make_engine(
         and _device_of(config, "offload_optimizer") != "none",
     )
     fit_buckets(config, _num_trained(model))
+    _forget_exchanges(model)
     swaps = "nvme" in [_device_of(config, f"offload_{what}") for what in ("optimizer", "param")]
     with deepspeed_at_work(request.env, verbose=verbose) as deepspeed:
         if swaps:
@@ -228,6 +229,12 @@ def _make_optimizer(
         [[names[id(p)] for p in group["params"]] for group in groups],
         notes if dropped else [],
     )
+
+
+def _forget_exchanges(model: nn.Module) -> None:
+    """Drop in what dtype an engine before exchanged gradients: DeepSpeed notes it on parameters."""
+    for parameter in model.parameters():
+        vars(parameter).pop("comm_dtype", None)
 
 
 def _num_trained(model: nn.Module) -> int:

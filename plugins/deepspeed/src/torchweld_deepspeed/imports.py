@@ -81,6 +81,7 @@ def deepspeed_at_work(env: Env, *, verbose: bool) -> Iterator[ModuleType]:
     deepspeed = deepspeed_module(device=env.device)
     _check_device(env.device)
     _forget_old_groups()
+    _forget_autocast()
     _agree_on_numbers(env)
     # For the run too: what it says of its own steps is for whoever asked for it.
     _set_log_level(logging.INFO if verbose else logging.ERROR)
@@ -173,6 +174,12 @@ def _forget_old_groups() -> None:
         return
     if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
         groups._release_process_group_references()
+
+
+def _forget_autocast() -> None:
+    """Drop that an engine before computed under autocast: every later one would take it over."""
+    autocast = deepspeed_module("deepspeed.runtime.torch_autocast")
+    autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
 
 
 def _agree_on_numbers(env: Env) -> None:
