@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -178,7 +178,7 @@ def _forget_old_groups() -> None:
 
 def _forget_autocast() -> None:
     """Drop that an engine before computed under autocast: every later one would take it over."""
-    autocast = deepspeed_module("deepspeed.runtime.torch_autocast")
+    autocast: Any = deepspeed_module("deepspeed.runtime.torch_autocast")
     autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
 
 
