@@ -62,7 +62,7 @@ nox.options.default_venv_backend = "none"  # `prepare` shares environments betwe
 nox.options.sessions = ["lint", "style", "types"]
 
 PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
-PYTEST = ["pytest>=8.3", "pytest-randomly>=3.15"]
+PYTEST = ["pytest>=8.3", "pytest-randomly>=3.15", "hypothesis>=6.100"]
 TOOLS = ["ruff==0.17.6", "import-linter==2.16", "pre-commit-hooks==6.0.0"]
 NEWEST_TORCH = "torch==2.13.0"
 # Composer asks for torch below 2.7.1, so whatever runs beside it runs on that one.
@@ -79,7 +79,9 @@ SYSTEM_PACKAGES = ["pkg-config", "libopencv-dev", "libturbojpeg0-dev", "g++"]
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 # Builds the documentation as a site.
 SITE = ["mkdocs==1.6.1"]
-WITH_PLUGINS = [*PYTEST, *PEERS, *SITE, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
+# Metrics and a logger that users bring.
+BROUGHT = ["torchmetrics", "wandb"]
+WITH_PLUGINS = [*PYTEST, *PEERS, *SITE, *BROUGHT, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]

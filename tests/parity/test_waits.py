@@ -12,10 +12,12 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from tests.parity.training import make_data, make_model
-from torchweld import Trainer
+from torchweld import CSVLogger, EarlyStopping, LearningRateMonitor, Trainer
 from torchweld.testing import run_ranks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
@@ -72,6 +74,25 @@ def test_a_border_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with_eight_more = _reads(monkeypatch, 90, 10)
 
     assert with_eight_more - without == 8
+
+
+def test_a_border_reads_once_with_everything_logged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Losses, norm, rates, throughput and memory: the losses are read together with the norm."""
+
+    def reads(log_every: int) -> int:
+        with monkeypatch.context() as patched:
+            counted = Reads(patched)
+            _fit(
+                90, log_every, logger=CSVLogger(tmp_path), gradient_clip_val=1.0,
+                callbacks=[LearningRateMonitor(), EarlyStopping("train_loss")],
+            )  # fmt: skip
+        return counted.count
+
+    reads(100)  # what torch reads only once in a process is not counted
+
+    assert reads(10) - reads(100) == 8
 
 
 def _collectives(max_steps: int, log_every: int) -> int:

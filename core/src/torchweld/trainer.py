@@ -14,7 +14,7 @@ from torchweld.components import CheckpointingOptions, Choice, CompileOptions, S
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Parts, Result
 from torchweld.loop.console import Console
-from torchweld.loop.evaluation import as_metrics
+from torchweld.loop.metric_objects import as_metrics
 from torchweld.model.remaking import operate_all
 from torchweld.planning import auto_strategy, make_plan, per_unit
 from torchweld.processes.ending import heard_signals

@@ -13,6 +13,7 @@ from torch import nn
 
 from torchweld import rng
 from torchweld.errors import InvalidArgument, RunError
+from torchweld.loop.metric_objects import computed
 from torchweld.model.facts import check_counts, named_loss
 from torchweld.nesting import move
 
@@ -62,7 +63,7 @@ class Evaluator:
             loader.set_epoch(0)
             sums, counts = self._sums(islice(self._in_step(loader), limit))
             result = self._reduce(sums, counts)
-            result.update(self._computed())
+            result.update(computed(self.metrics, self.ranks))
         return result
 
     def predict(self, loader: Loader) -> list[Any]:
@@ -170,32 +171,6 @@ class Evaluator:
             raise RunError("evaluation read no sample: the data is empty, or was read before")
         return {n: total / count for n, (total, count) in pairs.items() if count}
 
-    def _computed(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            if hasattr(metric, "compute"):
-                found.update(_flat(name, metric.compute()))
-        return found
-
-
-def _flat(name: str, value: Any) -> dict[str, float]:
-    """What a metric object computed, as single numbers.
-
-    A mapping (of a collection) becomes ``<name>_<key>``, or ``<key>`` where there is no name; a
-    vector ``<name>_<index>``.
-    """
-    prefix = f"{name}_" if name else ""
-    if isinstance(value, Mapping):
-        flat: dict[str, float] = {}
-        for key, one in value.items():
-            flat.update(_flat(f"{prefix}{key}", one))
-        return flat
-    values = torch.as_tensor(value)
-    if values.dim() == 0:
-        return {name: float(values)}
-    numbers = values.flatten().tolist()
-    return {f"{prefix}{place}": float(number) for place, number in enumerate(numbers)}
-
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
@@ -225,46 +200,6 @@ class evaluating:
     def __exit__(self, *error: object) -> None:
         self._no_grad.__exit__(*error)
         self._handle.mode(True)
-
-
-def is_metric_object(metric: Any) -> bool:
-    """Whether it is an object with a state, as torchmetrics has them."""
-    return all(hasattr(metric, part) for part in ("update", "compute", "reset"))
-
-
-def as_metrics(metrics: Any) -> Mapping[str, Any]:
-    """``metrics=`` as a mapping; a collection given by itself names its values itself."""
-    if metrics is None:
-        return {}
-    return {"": metrics} if is_metric_object(metrics) else metrics
-
-
-def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
-    """Refuse metrics that cannot be exact over several ranks.
-
-    Raises:
-        InvalidArgument: neither callable nor a metric object, or an object that reduces nothing.
-    """
-    for name, metric in metrics.items():
-        is_object = is_metric_object(metric)
-        if not is_object and not callable(metric):
-            raise InvalidArgument(
-                f"metric {name!r} is a {type(metric).__name__}: give (outputs, targets) -> "
-                "(sum, count), or an object with update, compute and reset"
-            )
-        if is_object and world_size > 1 and not _reduces(metric):
-            raise InvalidArgument(
-                f"metric {name!r} ({type(metric).__name__}) has no sync(): its value would be each "
-                f"process's own over {world_size}; give (outputs, targets) -> (sum, count)"
-            )
-
-
-def _reduces(metric: Any) -> bool:
-    """Whether a metric object, or each in a collection, adds up over the ranks by itself."""
-    if hasattr(metric, "sync"):
-        return True
-    members = list(metric.values()) if hasattr(metric, "values") else []
-    return bool(members) and all(hasattr(member, "sync") for member in members)
 
 
 def bind_forward(

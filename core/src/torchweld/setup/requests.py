@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchweld.errors import InvalidArgument
-from torchweld.loop.evaluation import is_metric_object
+from torchweld.loop.metric_objects import is_metric_object
 from torchweld.loop.schedules import LRSchedule
 from torchweld.model.earlier import EarlierSurgeries
 from torchweld.model.names import canonical

@@ -1,0 +1,131 @@
+"""Metrics that are objects with a state, as torchmetrics has them, alone or as collections."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchweld.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torchweld.processes.ranks import Ranks
+
+
+def is_metric_object(metric: Any) -> bool:
+    """Whether it is an object with a state, as torchmetrics has them."""
+    return all(hasattr(metric, part) for part in ("update", "compute", "reset"))
+
+
+def as_metrics(metrics: Any) -> Mapping[str, Any]:
+    """``metrics=`` as a mapping; a collection given by itself names its values itself."""
+    if metrics is None:
+        return {}
+    return {"": metrics} if is_metric_object(metrics) else metrics
+
+
+def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
+    """Refuse metrics that cannot be exact over several ranks.
+
+    Raises:
+        InvalidArgument: neither callable nor a metric object, or an object that reduces nothing.
+    """
+    for name, metric in metrics.items():
+        is_object = is_metric_object(metric)
+        if not is_object and not callable(metric):
+            raise InvalidArgument(
+                f"metric {name!r} is a {type(metric).__name__}: give (outputs, targets) -> "
+                "(sum, count), or an object with update, compute and reset"
+            )
+        if is_object and world_size > 1 and not _reduces(metric):
+            raise InvalidArgument(
+                f"metric {name!r} ({type(metric).__name__}) has no sync(): its value would be each "
+                f"process's own over {world_size}; give (outputs, targets) -> (sum, count)"
+            )
+
+
+def _reduces(metric: Any) -> bool:
+    """Whether a metric object, or each in a collection, adds up over the ranks by itself."""
+    if hasattr(metric, "sync"):
+        return True
+    members = list(metric.values()) if hasattr(metric, "values") else []
+    return bool(members) and all(hasattr(member, "sync") for member in members)
+
+
+# ---- their values ------------------------------------------------------------------------------
+
+
+def computed(metrics: Mapping[str, Any], ranks: Ranks) -> dict[str, float]:
+    """Compute every metric object, over all ranks; each rank must call it."""
+    objects = {name: metric for name, metric in metrics.items() if hasattr(metric, "compute")}
+    found: dict[str, float] = {}
+    if objects and ranks.world_size > 1:
+        _fill_empty_states(list(objects.values()), ranks)
+    with warnings.catch_warnings():
+        # This rank may have had no sample; that all had none is an error of the evaluation.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        for name, metric in objects.items():
+            found.update(_flat(name, metric.compute()))
+    return found
+
+
+def _fill_empty_states(metrics: Sequence[Any], ranks: Ranks) -> None:
+    """Give a rank without samples empty tensors where the others have kept theirs in lists.
+
+    torchmetrics gathers the tensors in a list: for an empty one it makes no collective call, and
+    the others wait for it, or take the next call for it (torchmetrics 1.9).
+    """
+    owners = [owner for metric in metrics for owner in _with_lists(metric)]
+    mine = [_layouts(owner) for owner in owners]
+    others = [json.loads(text) for text in ranks.exchange("metric states", json.dumps(mine))]
+    for place, owner in enumerate(owners):
+        for state, layout in mine[place].items():
+            known = [other[place][state] for other in others if other[place].get(state)]
+            if layout is None and known:
+                dtype, shape = known[0]
+                empty = torch.empty((0, *shape), dtype=getattr(torch, dtype), device=owner.device)
+                setattr(owner, state, [empty])
+
+
+def _with_lists(metric: Any) -> Iterator[Any]:
+    """A metric and those inside it that have states, in the same order on every rank."""
+    if not isinstance(metric, nn.Module):
+        return
+    for module in metric.modules():
+        if hasattr(module, "values") and hasattr(module, "compute_groups"):
+            list(module.values())  # a collection shares the states of its members only here
+    yield from (module for module in metric.modules() if hasattr(module, "metric_state"))
+
+
+def _layouts(owner: Any) -> dict[str, Any]:
+    """Dtype and shape of what is in each list of a metric; None for an empty one."""
+    lists = {name: value for name, value in owner.metric_state.items() if isinstance(value, list)}
+    return {
+        name: [str(value[0].dtype).removeprefix("torch."), list(value[0].shape[1:])]
+        if value
+        else None
+        for name, value in lists.items()
+    }
+
+
+def _flat(name: str, value: Any) -> dict[str, float]:
+    """What a metric object computed, as single numbers.
+
+    A mapping (of a collection) becomes ``<name>_<key>``, or ``<key>`` where there is no name; a
+    vector ``<name>_<index>``.
+    """
+    prefix = f"{name}_" if name else ""
+    if isinstance(value, Mapping):
+        flat: dict[str, float] = {}
+        for key, one in value.items():
+            flat.update(_flat(f"{prefix}{key}", one))
+        return flat
+    values = torch.as_tensor(value)
+    if values.dim() == 0:
+        return {name: float(values)}
+    numbers = values.flatten().tolist()
+    return {f"{prefix}{place}": float(number) for place, number in enumerate(numbers)}
