@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -71,6 +72,20 @@ def test_codes_page_has_the_title_and_the_link_of_every_code() -> None:
     )
 
     assert f"---|\n{table}\n" in (ROOT / "docs" / "codes.md").read_text("utf-8")
+
+
+def test_trainer_page_has_every_setting_and_every_callback() -> None:
+    page = (ROOT / "docs" / "trainer.md").read_text("utf-8")
+    names = set(re.findall(r"`(\w+)", page))
+    source = (ROOT / "core/src/torchweld/trainer.py").read_text("utf-8")
+    trainer = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Trainer")
+    init = next(n for n in ast.walk(trainer) if getattr(n, "name", "") == "__init__")
+    assert isinstance(init, ast.FunctionDef)
+    settings = {argument.arg for argument in init.args.kwonlyargs}
+    callbacks = (ROOT / "core/src/torchweld/callbacks/__init__.py").read_text("utf-8")
+
+    assert settings - names == set()
+    assert set(re.findall(r'^    "(\w+)",$', callbacks, re.MULTILINE)) - names == set()
 
 
 def test_commands_page_has_every_command_and_every_option() -> None:

@@ -95,10 +95,11 @@ def _with_lists(metric: Any) -> Iterator[Any]:
     """A metric and those inside it that have states, in the same order on every rank."""
     if not isinstance(metric, nn.Module):
         return
-    for module in metric.modules():
-        if hasattr(module, "values") and hasattr(module, "compute_groups"):
+    modules: list[Any] = list(metric.modules())
+    for module in modules:
+        if hasattr(module, "compute_groups"):
             list(module.values())  # a collection shares the states of its members only here
-    yield from (module for module in metric.modules() if hasattr(module, "metric_state"))
+    yield from (module for module in modules if hasattr(module, "metric_state"))
 
 
 def _layouts(owner: Any) -> dict[str, Any]:
