@@ -331,6 +331,7 @@ def test_a_student_learns_of_a_frozen_teacher_as_in_plain_pytorch(
     torch.manual_seed(1)
     expected, teacher = nn.Linear(3, 2), _teacher().eval()
     optimizer = SGD(expected.parameters(), lr=0.1)
+    scheduler = ExponentialLR(optimizer, 0.9)
     samples = data()
     for start in range(0, len(samples), 4):
         inputs, targets = samples[start : start + 4]
@@ -339,10 +340,12 @@ def test_a_student_learns_of_a_frozen_teacher_as_in_plain_pytorch(
         (near + F.mse_loss(outputs, targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        scheduler.step()
     torch.manual_seed(1)
     student, given = nn.Linear(3, 2), _teacher()
     arguments: dict[str, Any] = {
         "optimizer": {"student": partial(SGD, lr=0.1), "teacher": None},
+        "lr_scheduler": {"student": lambda optimizer, _: ExponentialLR(optimizer, 0.9)},
         "val": data(8),
         "eval_step": _evaluate,
     }

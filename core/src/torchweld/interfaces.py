@@ -391,6 +391,9 @@ class ModelHandle(Protocol):
     def step(self) -> Callable[[], None]:
         """Nothing inside an accumulation window."""
 
+    def mark_forward_method(self, name: str) -> Callable[..., Any]:
+        """A method other than forward, as something that runs under the strategy."""
+
     def alone(self) -> AbstractContextManager[None]:
         """Freeze the other models meanwhile."""
 

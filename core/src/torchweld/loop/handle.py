@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torchweld.model.methods import in_place_of_forward, method_of
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from torchweld.interfaces import Prepared
@@ -31,9 +33,9 @@ class Handle:
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, model: nn.Module) -> None:
         self._forward = prepared.forward
-        self._prepared = prepared
+        self._prepared, self._model = prepared, model
         self.others: Sequence[Handle] = ()
         self.used = False
 
@@ -41,6 +43,23 @@ class Handle:
         """Return the forward of the mode that the model is in."""
         self.used = True
         return self._forward(*args, **kwargs)
+
+    def mark_forward_method(self, name: str) -> Callable[..., Any]:
+        """Return the model's method ``name`` as something that runs under the strategy.
+
+        Called on the module itself it would not: strategy and precision act where the module is
+        called. So the module is called here, with this method in the place of ``forward``.
+
+        Raises:
+            InvalidArgument: the model has no such method.
+        """
+        method = method_of(self._model, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with in_place_of_forward(self._model, method):
+                return self(*args, **kwargs)
+
+        return call
 
     def mode(self, train: bool) -> None:
         """Switch between training and evaluation; every rank must call it."""

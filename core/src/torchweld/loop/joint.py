@@ -211,7 +211,9 @@ class Handles:
         self.mode, self.optimizer = prepared.mode, prepared.optimizer
         self.bytes_per_rank = prepared.bytes_per_rank
         self._members = members
-        self.backward = self.step = self.alone = self.named_parameters = _refusal(members)
+        refuse = _refusal(members)
+        self.backward = self.step = self.alone = self.named_parameters = refuse
+        self.mark_forward_method = refuse
 
     @property
     def used(self) -> bool:

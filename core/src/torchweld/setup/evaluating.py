@@ -132,7 +132,7 @@ def _fresh(
     last = wants_channels_last(remade.parts)
     ready = set_up(remade, console)
     console.open(headline(launched.plan, launched.ranks.env))
-    handle, env = Handle(ready.prepared), launched.ranks.env
+    handle, env = Handle(ready.prepared, remade.parts.model), launched.ranks.env
     evaluator = Evaluator(
         handle,
         ready.prepared.evaluate_is_collective,

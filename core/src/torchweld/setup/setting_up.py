@@ -256,7 +256,7 @@ def bind_one(
         request.lr_scheduler, ready.prepared.optimizer, table, world_size=world_size
     )
     scheduler = schedule.scheduler if schedule is not None else None
-    return Bound(ready, Handle(ready.prepared), scheduler, reports, schedule=schedule)
+    return Bound(ready, Handle(ready.prepared, parts.model), scheduler, reports, schedule=schedule)
 
 
 def wire(

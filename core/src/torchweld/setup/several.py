@@ -42,10 +42,12 @@ def bind_several(
     members: dict[str, Member] = {}
     for name, one in bound.items():
         handle: Any = one.handle
-        members[name] = Member(models[name], one.ready.prepared, handle, one.schedule)
+        schedule = one.schedule if request.own_loop else None
+        members[name] = Member(models[name], one.ready.prepared, handle, schedule)
         handle.others = [other.handle for other in bound.values() if other is not one]
     prepared = join(members)
     ready = {name: one.ready for name, one in bound.items()}
+    schedules = [one.schedule for one in bound.values()]
     schedulers = {n: one.scheduler for n, one in bound.items() if one.scheduler is not None}
     return Bound(
         ready=Ready(
@@ -58,6 +60,8 @@ def bind_several(
         scheduler=Schedulers(schedulers) if schedulers else None,
         reports=tuple(report for one in bound.values() for report in one.reports),
         members=members,
+        # fit steps the only model that is trained, and its schedule with it.
+        schedule=None if request.own_loop else next(filter(None, schedules), None),
     )
 
 
