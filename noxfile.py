@@ -306,11 +306,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the overhead of one step beside other trainers, and that of sharding."""
+    """Measure what a step costs beside other trainers, sharding, and all plugins together."""
     python = with_plugins(session, PLUGINS)
     session.run(python, "benchmarks/overhead.py", *session.posargs, env=ENV)
     session.run(python, "-m", "benchmarks.fsdp", env=ENV)
     session.run(python, "-m", "benchmarks.zero", env=ENV)
+    session.run(python, "-m", "benchmarks.together", env=ENV)
 
 
 @nox.session
