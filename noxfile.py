@@ -321,6 +321,13 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def matrix(session: nox.Session) -> None:
+    """Run every pair of components and write docs/compatibility.md anew."""
+    python = with_plugins(session, PLUGINS)
+    session.run(python, "-m", "tests.together.matrix", *session.posargs, env=ENV)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests and the benchmark that need a CUDA device."""
     python = with_plugins(session, PLUGINS)

@@ -129,6 +129,14 @@ def test_blurpool_is_refused_where_weights_are_cast() -> None:
     assert codes(plan_of("blurpool", precision="bf16")) == []
 
 
+@pytest.mark.filterwarnings("ignore:GyroDropout is not implemented")
+def test_gyro_dropout_is_refused_where_weights_are_cast() -> None:
+    gyro = algorithm("GyroDropout", sigma=4, tau=2)
+
+    assert codes(plan_of(gyro, precision="bf16-true")) == ["TW301"]
+    assert codes(plan_of(gyro, precision="bf16")) == []
+
+
 def test_blurpool_under_compile_is_a_warning() -> None:
     assert codes(plan_of("blurpool", compile=True), "warning") == ["TW302"]
 

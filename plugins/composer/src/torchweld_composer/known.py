@@ -233,6 +233,11 @@ _STANDARDIZATION_CLAIMS = Claims(
 )
 _GYRO_CLAIMS = Claims(
     edits="model.modules",
+    requires=Rel(
+        "precision.autocast",
+        "its masks are fp32, and so is then what meets weights of another dtype",
+        "use precision='bf16', which keeps the weights in fp32",
+    ),
     forbids=Rel("compile", "it replaces layers after compilation", "leave compile=False"),
 )
 _ALIBI_CLAIMS = Claims(edits=("model.modules", "batch.inputs"))

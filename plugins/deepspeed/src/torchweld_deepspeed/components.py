@@ -61,6 +61,13 @@ CASTS = {
 }
 
 
+_NO_BATCHNORM = Rel(
+    "model.batchnorm",
+    "DeepSpeed casts parameters and leaves buffers in fp32, and BatchNorm cannot mix the two",
+    "precision='bf16', which keeps the weights in fp32",
+)
+
+
 def deepspeed_claims(options: DeepSpeedOptions, settings: Settings) -> Claims:
     """What stays possible with these options under these settings."""
     provides, lacks = [], dict(LACKS)
@@ -76,7 +83,10 @@ def deepspeed_claims(options: DeepSpeedOptions, settings: Settings) -> Claims:
         provides=provides,
         lacks=lacks,
         requires=tuple(_required(options, settings)),
-        forbids=_NO_COMPILE if options.stage == 3 else (),
+        forbids=(
+            *([_NO_COMPILE] if options.stage == 3 else []),
+            *([_NO_BATCHNORM] if settings.precision == "bf16-true" else []),
+        ),
         sets=find_wishes(options, settings),
         settles=(*_settled(options, settings), *find_notes(options)),
     )

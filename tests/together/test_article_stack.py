@@ -1,0 +1,321 @@
+"""ffcv + blurpool + channels_last + cutmix + label_smoothing, against plain PyTorch by hand.
+
+The loop by hand uses torch, its DDP and DataLoader, and Composer's functions as its documentation
+shows them; nothing of torchweld. Every strategy has to end with its very bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests.composer.small_nets import algorithm, make_sgd, seed_all
+from tests.together.matrix import FOUR
+from tests.together.matrix_runs import (
+    GLOBAL_BATCH,
+    SEED,
+    STRATEGIES,
+    Cell,
+    Images,
+    be_quiet,
+    by_trainer,
+    make_net,
+)
+from torchweld import Trainer, use
+from torchweld.testing import run_ranks
+
+SECONDS = 200.0
+EPOCHS = 2
+DISTRIBUTED = [name for name in STRATEGIES if name != "single"]
+ALLOWED_CALLS = 10
+"""Python calls a step that the stack may cost above Composer's objects called by hand."""
+
+
+def by_hand(precision: str) -> dict[str, Tensor]:
+    """Train as one would write it without torchweld; the weights at the end, of rank 0."""
+    be_quiet()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    model = make_stacked_net()
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = make_sgd(wrapped.parameters())
+    data = Images()
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        data, num_replicas=world_size, rank=rank, shuffle=False
+    )
+    loader = DataLoader(data, batch_size=GLOBAL_BATCH // world_size, sampler=sampler)
+    seed_all(SEED + rank)
+    wrapped.train()
+    for _ in range(EPOCHS):
+        for inputs, targets in loader:
+            step(wrapped, optimizer, inputs, targets, precision)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def make_blurred_net() -> nn.Module:
+    """The model with its new layers, in the memory format that it had."""
+    from composer.functional import apply_blurpool
+
+    model = make_net()
+    seed_all(SEED)
+    apply_blurpool(model)
+    return model
+
+
+def make_stacked_net() -> nn.Module:
+    """The model after both surgeries."""
+    from composer.functional import apply_channels_last
+
+    model = make_blurred_net()
+    apply_channels_last(model)
+    return model
+
+
+def step(model: nn.Module, optimizer: Any, inputs: Tensor, targets: Tensor, precision: str) -> None:
+    """One step with mixed images, and smoothed targets of them."""
+    from composer.functional import cutmix_batch, smooth_labels
+
+    inputs = inputs.to(memory_format=torch.channels_last)
+    inputs, others, share, _ = cutmix_batch(inputs, targets, alpha=1.0)
+    np.random.beta(1.0, 1.0)  # Composer's class draws a second number, which it does not use
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with autocast:
+        outputs = model(inputs)
+    outputs = outputs.float()
+    first, second = F.one_hot(targets, 4).float(), F.one_hot(others, 4).float()
+    mixed = share * first + (1 - share) * second
+    F.cross_entropy(outputs, smooth_labels(outputs, mixed, 0.1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the images are converted once."""
+    return str(tmp_path_factory.mktemp("beton"))
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, int], Mapping[str, Tensor]]:
+    """What came of the loops by hand, by precision and number of processes."""
+    return {}
+
+
+def check(strategy: str, precision: str, world_size: int, cache: str, references: Any) -> None:
+    key = precision, world_size
+    if key not in references:
+        references[key] = run_ranks(by_hand, world_size, precision, timeout_seconds=SECONDS)[0]
+    cell = Cell(strategy, "ffcv", FOUR, precision, world_size)
+    found = run_ranks(by_trainer, world_size, cell, cache, timeout_seconds=SECONDS)[0]
+
+    assert found.verdict == ("ordered" if strategy in {"single", "ddp"} else "adjusted")
+    different = [n for n, w in references[key].items() if not torch.equal(w, found.weights[n])]
+    assert different == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_two_processes_end_with_the_bits_of_the_loop_by_hand(
+    strategy: str, precision: str, cache: str, references: Any
+) -> None:
+    check(strategy, precision, 2, cache, references)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("strategy", ["single", "fsdp", "deepspeed stage 2"])
+def test_one_process_ends_with_the_bits_of_the_loop_by_hand(
+    strategy: str, precision: str, cache: str, references: Any
+) -> None:
+    check(strategy, precision, 1, cache, references)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_four_processes_end_about_where_the_loop_by_hand_does(
+    strategy: str, precision: str, cache: str
+) -> None:
+    cell = Cell(strategy, "ffcv", FOUR, precision, 4)
+    expected = run_ranks(by_hand, 4, precision, timeout_seconds=SECONDS)[0]
+
+    found = run_ranks(by_trainer, 4, cell, cache, timeout_seconds=SECONDS)[0]
+
+    # Four numbers are added up in another order by another way of exchanging them.
+    tolerance = {"32": 1e-6, "bf16": 1e-2}[precision]
+    for name, weights in expected.items():
+        torch.testing.assert_close(found.weights[name], weights, rtol=0, atol=tolerance)
+
+
+# ---- the listing never matters -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_listing_is_the_same_plan(strategy: str) -> None:
+    name, options = STRATEGIES[strategy]
+
+    def digest(listed: tuple[str, ...]) -> str:
+        trainer = Trainer(
+            strategy=use(name, **options), data=use("ffcv", batch_size=4), surgery=list(listed)
+        )
+        return trainer.plan.digest
+
+    assert len({digest(listed) for listed in itertools.permutations(FOUR)}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed stage 2"])
+def test_any_listing_ends_with_the_same_bits(strategy: str, cache: str) -> None:
+    listings = [FOUR, FOUR[::-1], (FOUR[2], FOUR[0], FOUR[3], FOUR[1])]
+    cells = [Cell(strategy, "ffcv", listed) for listed in listings]
+
+    ends = [run_ranks(by_trainer, 2, c, cache, timeout_seconds=SECONDS)[0].weights for c in cells]
+
+    for other in ends[1:]:
+        assert all(torch.equal(ends[0][name], other[name]) for name in ends[0])
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Counts calls of Python functions (and resumed generators) in this thread."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        self.calls += event == "call"
+
+
+def calls_of(train: Callable[[], object]) -> int:
+    counter = Counter()
+    sys.setprofile(counter)
+    try:
+        train()
+    finally:
+        sys.setprofile(None)
+    return counter.calls
+
+
+def calls_of_the_stack(strategy: str, cache: str) -> float:
+    """What the stack adds to a step of a Trainer on the same layers; all else cancels."""
+    be_quiet()
+
+    def train(steps: int, surgery: tuple[str, ...]) -> int:
+        return calls_of(lambda: fit(strategy, cache, steps, surgery))
+
+    train(2, FOUR)  # imports are counted in the first run
+    return _a_step(lambda steps: train(steps, FOUR)) - _a_step(lambda steps: train(steps, ()))
+
+
+def fit(strategy: str, cache: str, steps: int, surgery: tuple[str, ...]) -> None:
+    name, options = STRATEGIES[strategy]
+    size = GLOBAL_BATCH // int(os.environ["WORLD_SIZE"])
+    trainer = Trainer(
+        strategy=use(name, **options),
+        data=use("ffcv", batch_size=size, shuffle=False, cache_dir=cache, num_workers=1),
+        surgery=list(surgery), max_epochs=1, seed=SEED, accelerator="cpu", barebones=True,
+    )  # fmt: skip
+    data = Images(GLOBAL_BATCH * steps)
+    # Without surgeries the model has been operated on by hand: the same layers either way.
+    model = make_net() if surgery else make_blurred_net()
+    trainer.fit(model, data, loss=F.cross_entropy, optimizer=make_sgd)
+
+
+class State:
+    """Just enough of Composer's state for its objects to be called by hand."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.outputs: Any = None
+
+    def batch_get_item(self, key: int) -> Any:
+        from composer.utils import batch_get
+
+        return batch_get(self.batch, key)
+
+    def batch_set_item(self, key: int, value: Any) -> None:
+        from composer.utils import batch_set
+
+        self.batch = batch_set(self.batch, key=key, value=value)
+
+
+def object_step(
+    model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], algorithms: Sequence[Any]
+) -> None:
+    """One step with Composer's objects, which the surgeries are, called by hand."""
+    from composer.core import Event
+
+    state = State()
+    cutmix, smoothing = algorithms
+    state.batch = batch
+    cutmix.apply(Event.BEFORE_FORWARD, state, None)
+    state.outputs = model(state.batch[0])
+    cutmix.apply(Event.BEFORE_LOSS, state, None)
+    smoothing.apply(Event.BEFORE_LOSS, state, None)
+    F.cross_entropy(state.outputs, state.batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def calls_of_the_stack_by_hand() -> float:
+    """What the stack adds to a step of the loop by hand on the same layers."""
+    be_quiet()
+    algorithms = [algorithm("CutMix"), algorithm("LabelSmoothing")]
+
+    def train(steps: int, stacked: bool) -> int:
+        model = make_blurred_net()
+        optimizer = make_sgd(model.parameters())
+        batch = torch.rand(4, 3, 8, 8), torch.randint(4, (4,))
+
+        def move() -> None:
+            for _ in range(steps):
+                if stacked:
+                    object_step(model, optimizer, batch, algorithms)
+                else:
+                    plain_step(model, optimizer, batch)
+
+        return calls_of(move)
+
+    train(2, stacked=True)
+    return _a_step(lambda n: train(n, stacked=True)) - _a_step(lambda n: train(n, stacked=False))
+
+
+def plain_step(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor]) -> None:
+    """One step as everybody writes it."""
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _a_step(count: Callable[[int], int]) -> float:
+    """The set-up cancels out between two lengths."""
+    return (count(24) - count(8)) / 16
+
+
+@pytest.mark.slow
+def test_the_stack_costs_few_python_calls_more_than_by_hand(cache: str) -> None:
+    (by_hand,) = run_ranks(calls_of_the_stack_by_hand, 1, timeout_seconds=SECONDS)
+
+    extra = {
+        name: run_ranks(calls_of_the_stack, 1, name, cache, timeout_seconds=SECONDS)[0] - by_hand
+        for name in ("single", "ddp", "fsdp", "deepspeed stage 2")
+    }
+
+    assert max(extra.values()) <= ALLOWED_CALLS, extra
