@@ -79,8 +79,8 @@ SYSTEM_PACKAGES = ["pkg-config", "libopencv-dev", "libturbojpeg0-dev", "g++"]
 PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 # Builds the documentation as a site.
 SITE = ["mkdocs==1.6.1"]
-# Metrics and a logger that users bring.
-BROUGHT = ["torchmetrics", "wandb"]
+# Metrics, a logger and models that users bring.
+BROUGHT = ["torchmetrics", "transformers==5.24.0", "wandb"]
 WITH_PLUGINS = [*PYTEST, *PEERS, *SITE, *BROUGHT, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
