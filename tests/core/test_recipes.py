@@ -173,6 +173,17 @@ def test_objects_are_what_a_script_would_give(recipe: Path) -> None:
     assert isinstance(settings["gradient_clip_val"], float)
 
 
+def test_a_schedule_may_say_when_it_is_stepped(recipe: Path) -> None:
+    words = ["lr_scheduler=MultiStepLR", "lr_scheduler.milestones=[2,3]"]
+    read = open_recipe(recipe, [*words, "lr_scheduler.interval=epoch"])
+
+    schedule = fit_arguments(read)["lr_scheduler"]
+
+    made = schedule.factory(SGD([nn.Parameter(torch.ones(1))], lr=1.0), 4)
+    assert schedule.interval == "epoch"
+    assert dict(made.milestones) == {2: 1, 3: 1}
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [

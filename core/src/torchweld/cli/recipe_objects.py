@@ -21,10 +21,12 @@ from torchweld import callbacks
 from torchweld.cli.recipe import DATA, SEVERAL, Named, Recipe
 from torchweld.errors import InvalidArgument
 from torchweld.guard import attempt
+from torchweld.loop.schedules import LRSchedule
 from torchweld.plugins.options import build_options
 from torchweld.spelling import did_you_mean
 from torchweld.trainer import Trainer
 
+_WHEN = ("interval", "monitor")
 _TOTALS = ("total_steps", "T_max")
 """What torch's schedulers call the length of the run."""
 
@@ -219,7 +221,7 @@ def _object(key: str, named: Named, folder: Path) -> Any:
     if key in DATA:
         return target(**arguments) if _is_maker(target) else target
     if key == "lr_scheduler":
-        return _schedule(target, arguments)
+        return _schedule(target, arguments, _when(named))
     if key in {"model", "optimizer"}:  # called later: after seeding, after wrapping
         return partial(target, **arguments) if arguments else target
     if inspect.isclass(target):
@@ -233,9 +235,9 @@ def _checked(key: str, named: Named, folder: Path) -> tuple[Any, dict[str, Any]]
         raise InvalidArgument(
             f"{named.where}: {named.path} is a {type(target).__name__}, which takes no arguments"
         )
-    given_later = _FIRST.get(key, ())
-    leave_out = () if inspect.isclass(target) and key == "loss" else given_later
-    return target, check_arguments(named.where, target, named.arguments, leave_out=leave_out)
+    left_out = _WHEN if key == "lr_scheduler" else ()
+    given = {name: value for name, value in named.arguments.items() if name not in left_out}
+    return target, check_arguments(named.where, target, given, leave_out=_FIRST.get(key, ()))
 
 
 _FIRST: Mapping[str, tuple[str, ...]] = {"optimizer": ("params",), "lr_scheduler": ("optimizer",)}
@@ -252,10 +254,22 @@ def _instance(target: Any, named: Named) -> Any:
     return target(**arguments) if _is_maker(target) else target
 
 
-def _schedule(target: Any, arguments: dict[str, Any]) -> Callable[..., Any]:
-    """A factory ``(optimizer, total_steps)``; torch's classes are told the length of the run."""
-    if not (inspect.isclass(target) and issubclass(target, LRScheduler)):
-        return partial(target, **arguments) if arguments else target
+def _when(named: Named) -> dict[str, Any]:
+    """What a recipe says of a schedule beside its arguments: when it is stepped."""
+    return {key: named.arguments[key] for key in _WHEN if key in named.arguments}
+
+
+def _schedule(target: Any, arguments: dict[str, Any], when: dict[str, Any]) -> Any:
+    """What ``fit`` takes: a factory, with ``when`` it is stepped where the recipe says that."""
+    if inspect.isclass(target) and issubclass(target, LRScheduler):
+        target = _factory(target, arguments)
+    elif arguments:
+        target = partial(target, **arguments)
+    return LRSchedule(target, **when) if when else target
+
+
+def _factory(target: type[LRScheduler], arguments: dict[str, Any]) -> Callable[..., LRScheduler]:
+    """``(optimizer, total_steps) -> scheduler``; torch's classes are told the length of the run."""
     wanted = [n for n in _TOTALS if n in inspect.signature(target).parameters]
     lacking = [n for n in wanted if n not in arguments]
 
