@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env
 from torchweld.processes.channel import Channel, missing
+from torchweld.processes.meeting import meet
 from torchweld.processes.variables import LAUNCH_VARIABLES, slurm_variables
 
 if TYPE_CHECKING:
@@ -162,12 +163,15 @@ def _launch() -> tuple[Env, Channel]:
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _connect(rank, world_size, hosts=rank == 0 and not agent)
+    base = _connect(rank, world_size, hosts=rank == 0 and not agent)
+    # A store that this launch made itself is empty.
+    name = meet(base, rank, world_size, _timeout_seconds()) if agent else "attempt"
+    store = dist.PrefixStore(name, base)
     channel = Channel(
         rank,
         world_size,
         store=store,
-        watch_store=_connect(rank, world_size, hosts=False),
+        watch_store=dist.PrefixStore(name, _connect(rank, world_size, hosts=False)),
         host=None if agent else 0,
         timeout_seconds=_timeout_seconds(),
     )
@@ -195,7 +199,7 @@ def _connect(rank: int, world_size: int, *, hosts: bool) -> dist.Store:
         if rank == 0:
             raise
         raise missing([0], world_size, "the launch", _timeout_seconds()) from error
-    return dist.PrefixStore(f"torchweld/attempt_{_attempt()}", store)
+    return dist.PrefixStore("torchweld", store)
 
 
 def _existing_group() -> tuple[Env, Channel]:
