@@ -29,7 +29,7 @@ NAVIGATION: dict[str, list[str]] = {
         "commands.md",
     ],
     "Look up": ["components.md", "codes.md"],
-    "Extend": ["contracts.md"],
+    "Extend": ["plugin-author.md", "contracts.md"],
     "Understand": ["architecture.md", "decisions.md"],
 }
 SETTINGS = {
