@@ -128,17 +128,20 @@ def _one_batch(
         optimizers["g"].zero_grad()
 
 
-def loop(run: TrainingRun, *, stop_after: int | None = None, scale: float = 1.0) -> None:
-    """The loop as a user writes it."""
+def loop(
+    run: TrainingRun, *, stop_after: int | None = None, scale: float = 1.0, every: int = 1
+) -> None:
+    """The loop as a user writes it; the generator is trained with ``every`` so many batches."""
     g, d = run.models["g"], run.models["d"]
     for number, (real, noise) in enumerate(run.batches(), start=1):
         fake = g(noise)
         with d.alone():
             d.backward(loss_of_d(d(real), d(fake.detach())) * scale)
         d.step()
-        with g.alone():
-            g.backward(loss_of_g(d(fake)) * scale)
-        g.step()
+        if number % every == 0:
+            with g.alone():
+                g.backward(loss_of_g(d(fake)) * scale)
+            g.step()
         if number == stop_after:
             run.save()
             break
@@ -164,6 +167,7 @@ def train(
     folder: Path,
     *,
     resumes_after: int | None = None,
+    every: int = 1,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Train through torchweld; returns what was exported, names begin with the model's.
@@ -171,6 +175,7 @@ def train(
     Args:
         folder: to export into, and for checkpoints.
         resumes_after: interrupt after so many batches and go on in a new Trainer.
+        every: the generator is trained with every so many batches.
     """
     if resumes_after is not None:
         quiet = {"enable_progress_bar": False, "logger": False, "barebones": False}
@@ -180,7 +185,7 @@ def train(
     trainer = make_trainer(strategy, **settings)
     ckpt_path = "last" if resumes_after is not None else None
     with _prepare(trainer, num_samples, ckpt_path=ckpt_path) as run:
-        loop(run)
+        loop(run, every=every)
     return exported(trainer, folder / "export")
 
 

@@ -34,6 +34,7 @@ def _train(name: str, folder: Path) -> dict[str, Any]:
         "weights": train(strategy, SAMPLES, folder / "whole"),
         "resumed": train(strategy, SAMPLES, folder / "resumed", resumes_after=7),
         "windows": train(strategy, SAMPLES, folder / "windows", accumulate_grad_batches=2),
+        "every third": train(strategy, SAMPLES, folder / "third", every=3),
         "gradients": gradients(strategy, folder),
     }
 
@@ -53,7 +54,8 @@ def test_a_gan_under_a_sharded_strategy_equals_ddp(
 ) -> None:
     result = run_ranks(_train, 2, name, tmp_path, timeout_seconds=300)[0]
 
-    for kind, tolerance in (("gradients", GRADIENTS), ("weights", WEIGHTS), ("windows", WEIGHTS)):
+    for kind in ("gradients", "weights", "windows", "every third"):
+        tolerance = GRADIENTS if kind == "gradients" else WEIGHTS
         assert _furthest(result[kind], expected[kind]) < tolerance, kind
     assert different(result["weights"], result["resumed"]) == []
 
