@@ -139,16 +139,19 @@ def test_ema_keeps_the_average_of_composers_trainer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_ema_evaluates_with_the_average_and_trains_on_with_the_weights() -> None:
+def test_ema_evaluates_with_both_and_trains_on_with_the_weights() -> None:
     model, _ = _twins()
     obj = algorithm("EMA", half_life="2ba")
     parts, run = _trained(obj, model)
     weights, average = _values(model), _average(obj)
 
     border(parts, run, 3, "eval_start")
-    evaluated = _values(model)
+    raw = _values(model)
+    with next(c for c in parts.callbacks if hasattr(c, "averaged")).averaged():
+        evaluated = _values(model)
     border(parts, run, 3, "eval_end")
 
+    assert all(torch.equal(a, b) for a, b in zip(raw, weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(evaluated, average, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(_values(model), weights, strict=True))
 

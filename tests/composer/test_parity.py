@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +26,13 @@ from tests.composer.small_nets import (
     train_parts,
 )
 from torchweld import ModelCheckpoint, Trainer
-from torchweld.errors import CheckpointError, PlanError, SurgeryError, TorchweldError
+from torchweld.errors import (
+    CheckpointError,
+    InvalidArgument,
+    PlanError,
+    SurgeryError,
+    TorchweldError,
+)
 from torchweld.registry import Registry
 
 REGISTRY = Registry({"composer": torchweld_composer})
@@ -110,7 +117,9 @@ def test_an_adopted_algorithm_equals_composers_trainer(name: str) -> None:
     assert same_weights(ours, theirs)
 
 
-def test_ema_is_what_validation_sees_and_the_weights_are_what_stays() -> None:
+def test_validation_sees_the_weights_and_ema_and_the_weights_are_what_stays(
+    tmp_path: Path,
+) -> None:
     ours, plain = twins()
     seen: list[Tensor] = []
 
@@ -122,7 +131,7 @@ def test_ema_is_what_validation_sees_and_the_weights_are_what_stays() -> None:
     trainer = Trainer(
         strategy="single", surgery=[obj], registry=REGISTRY, max_epochs=1, seed=3, barebones=True
     )
-    trainer.fit(
+    result = trainer.fit(
         ours,
         loader(),
         loader(),
@@ -130,6 +139,8 @@ def test_ema_is_what_validation_sees_and_the_weights_are_what_stays() -> None:
         optimizer=make_sgd,
         metrics={"accuracy": accuracy},
     )
+    batches = len(loader())
+    during = seen[1], seen[1 + batches]  # the first is the trial before step 1
     fit(plain, [], max_epochs=1)
 
     assert same_weights(ours, plain)
@@ -137,8 +148,27 @@ def test_ema_is_what_validation_sees_and_the_weights_are_what_stays() -> None:
     obj.get_ema_model(averaged)
     with torch.no_grad():
         expected = averaged.eval()(images()[0][:8])
-    assert torch.equal(seen[1], expected)  # the first is the trial before step 1
-    assert not torch.equal(seen[1], ours.eval()(images()[0][:8]))
+        raw = ours.eval()(images()[0][:8])
+    assert torch.equal(during[0], raw)
+    assert torch.equal(during[1], expected)
+    assert not torch.equal(raw, expected)
+
+    for weights, name in (("trained", "val_loss"), ("average", "val_loss/average")):
+        again = trainer.evaluate(data=loader(), weights=weights)
+        assert again["loss"] == result.metrics[name]
+    exported = load_file(trainer.export(tmp_path / "average.safetensors", weights="average"))
+    assert all(torch.equal(p, exported[name]) for name, p in averaged.named_parameters())
+    assert same_weights(ours, plain)
+
+
+def test_an_average_that_nobody_keeps_is_refused() -> None:
+    trainer = Trainer(strategy="single", registry=REGISTRY, barebones=True)
+    trainer.fit(small_net(), loader(), loss=F.cross_entropy, optimizer=make_sgd)
+
+    with pytest.raises(InvalidArgument, match="nothing in this run averages"):
+        trainer.evaluate(data=loader(), weights="average")
+    with pytest.raises(InvalidArgument, match="choose 'trained' or 'average'"):
+        trainer.evaluate(data=loader(), weights="ema")
 
 
 RESUMED: dict[str, list[tuple[str, dict[str, Any]]]] = {

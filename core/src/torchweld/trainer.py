@@ -323,14 +323,17 @@ class Trainer:
         eval_step: Any = None,
         metrics: Any = None,
         init_weights: Any = None,
+        weights: str = "trained",
     ) -> dict[str, float]:
         """Return loss and metrics over ``data``, every sample once; every rank calls it.
 
         Args:
             model: None for the one that was trained last, with its loss and metrics.
             data: as ``val`` of :meth:`fit`.
+            weights: ``"average"`` for those that a surgery of the run keeps.
         """
-        request = EvaluationRequest(model, data, loss, eval_step, as_metrics(metrics), init_weights)
+        found = as_metrics(metrics)
+        request = EvaluationRequest(model, data, loss, eval_step, found, init_weights, weights)
         return evaluate_model(request, self._launch(), self._config, self._trained(model))
 
     def predict(
@@ -345,14 +348,14 @@ class Trainer:
         request = EvaluationRequest(model, data, None, eval_step, {}, init_weights)
         return predict_model(request, self._launch(), self._config, self._trained(model))
 
-    def export(self, path: str | Path) -> Path:
-        """Write the trained weights as one safetensors file; every rank calls it.
+    def export(self, path: str | Path, *, weights: str = "trained") -> Path:
+        """Write the trained weights, or ``"average"``, as one safetensors file, on every rank.
 
         Of several models ``path`` is a directory with one file each: ``path/<name>.safetensors``.
         """
         if self._run is None:
             raise InvalidArgument("export() writes what was trained: call fit first")
-        return self._run.export(path)
+        return self._run.export(path, weights=weights)
 
     def _trained(self, model: Any) -> TrainingRun | None:
         """The last run, if ``model`` means its model."""
@@ -380,8 +383,7 @@ def apply_surgery(
         strategy="single",
         data="torch",
         surgery=surgery,
-        # Nothing is trained, so what surgeries need of loss and batches does not matter.
-        facts={"world>1": False, **_ANY_TRAINING},
+        facts={"world>1": False, **_ANY_TRAINING},  # nothing is trained, so any will do
         allow=allow,
     )
     plan.raise_for_problems()

@@ -12,6 +12,7 @@ import torch
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
+from torchweld.loop.averages import average_of, averaged
 from torchweld.loop.beside import BesideSaver
 from torchweld.loop.measuring import learning_rates, peak_memory_gib
 from torchweld.model.parameters import TrainableWatch
@@ -201,6 +202,14 @@ class Borders:
         self._validated_at = self._run.position.step
 
     def _validation_metrics(self) -> dict[str, float]:
+        """Of the weights that are trained, and of their average where one is kept."""
+        found = self._validated()
+        if average_of(self._wiring) is not None:
+            with averaged(self._wiring):
+                found.update({f"{name}/average": v for name, v in self._validated().items()})
+        return found
+
+    def _validated(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, loader in self._wiring.validation.loaders.items():
             limit = self._wiring.validation.num_batches(loader)

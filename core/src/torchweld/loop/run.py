@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, LoopError, Preempted
 from torchweld.interfaces import Env, Progress, Result
+from torchweld.loop.averages import averaged, check_weights
 from torchweld.loop.borders import Borders
 from torchweld.loop.exporting import export_models, export_run
 from torchweld.loop.fit_loop import FitLoop
@@ -212,14 +213,16 @@ class TrainingRun:
                 "saved; call it after the window's last run.step()"
             )
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, *, weights: str = "trained") -> Path:
         """Write the consolidated weights as one safetensors file; every rank must call it.
+
+        With ``weights="average"`` it is the average that a surgery keeps.
 
         Of several models ``path`` is a directory with one file each: ``path/<name>.safetensors``.
         """
-        if self.wiring.members:
-            return export_models(self.wiring, path)
-        return export_run(self.wiring, path)
+        export = export_models if self.wiring.members else export_run
+        with averaged(self.wiring) if check_weights(weights) else nullcontext():
+            return export(self.wiring, path)
 
     def stop(self) -> None:
         """End the run at the next border, on all ranks."""

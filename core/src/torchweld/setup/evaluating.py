@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import InvalidArgument
+from torchweld.loop.averages import averaged, check_weights
 from torchweld.loop.console import Console
 from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform
 from torchweld.loop.handle import Handle
@@ -40,6 +41,7 @@ class EvaluationRequest:
     eval_step: Any = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     init_weights: Any = None
+    weights: str = "trained"
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ def _ready(
     check_functions(request, "loss", "eval_step")
     check_metric_names(request.metrics)
     check_metrics(request.metrics, launched.ranks.world_size)
+    averages = check_weights(request.weights)
+    if averages and trained is None:
+        raise InvalidArgument("weights='average' is of a run: leave model= out after fit")
     evaluator, make_loader = _evaluator(request, launched, config, trained)
     loader = make_loader(request.data)
     try:
-        yield evaluator, loader
+        with averaged(trained.wiring) if averages and trained is not None else nullcontext():
+            yield evaluator, loader
     finally:
         loader.close()
 

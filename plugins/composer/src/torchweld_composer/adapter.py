@@ -17,6 +17,7 @@ from torchweld_composer.events import BATCH, BORDER, GRADS, LOSS, OPTIMIZER, STE
 from torchweld_composer.imports import composer_module
 from torchweld_composer.known import Known
 from torchweld_composer.pieces import (
+    AveragePiece,
     BatchPiece,
     BorderPiece,
     GradPiece,
@@ -73,7 +74,7 @@ class AlgorithmSurgery:
         if driver.chosen(STEP):
             added["after_step"] = (*parts.after_step, StepPiece(driver))
         if driver.chosen(BORDER) or self._has_memory:
-            added["callbacks"] = (*parts.callbacks, BorderPiece(driver))
+            added["callbacks"] = (*parts.callbacks, _border_piece(driver))
         return replace(parts, **added)
 
     def _with_samples(self, parts: Parts) -> Parts:
@@ -124,3 +125,9 @@ def _visible_loss(name: str, parts: Parts) -> Callable[[Any, Any], Any]:
 def _has_state(algorithm: Any) -> bool:
     base = composer_module("composer.core").Algorithm
     return type(algorithm).state_dict is not base.state_dict
+
+
+def _border_piece(driver: Driver) -> BorderPiece:
+    """What acts at borders; the only algorithm of Composer's that acts on evaluation averages."""
+    averages = not driver.role.watched and "EVAL_START" in driver.role.events
+    return AveragePiece(driver) if averages else BorderPiece(driver)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,3 +226,26 @@ class BorderPiece:
         self.driver.clock.load_state_dict(state["clock"])
         if state["algorithm"]:
             self.driver.algorithm.load_state_dict(dict(state["algorithm"]))
+
+
+class AveragePiece(BorderPiece):
+    """The callback of an algorithm that evaluates with averaged weights.
+
+    Composer puts them into the model for every evaluation. Here evaluation is first with the
+    weights that are trained, then with these.
+    """
+
+    def _events(self, border: Border) -> list[str]:
+        events = super()._events(border)
+        return [event for event in events if event not in {"EVAL_START", "EVAL_END"}]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in the model meanwhile; the others come back in any case."""
+        for act in self.driver.actions(["EVAL_START"]):
+            act()
+        try:
+            yield
+        finally:
+            for act in self.driver.actions(["EVAL_END"]):
+                act()
