@@ -24,11 +24,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tests.composer.small_nets import HandRun, algorithm, border, make_sgd, operated, seed_all
+from tests.composer.small_nets import (
+    HandRun,
+    algorithm,
+    border,
+    make_sgd,
+    seed_all,
+    surgery_of,
+)
 from torchweld import Trainer, use
 from torchweld.checkpoint import load_weights
 from torchweld.errors import PlanError
+from torchweld.interfaces import Parts
 from torchweld.plan import Plan
+from torchweld.planning import make_plan
+from torchweld.registry import Registry
 
 EPOCHS = 2
 SAMPLES = 16
@@ -311,8 +321,7 @@ def by_hand(order: Sequence[str], precision: str, clip: float | None) -> Outcome
         dist.init_process_group("gloo")
     model = make_net()
     seed_all(SEED)
-    algorithms = [algorithm(SURGERIES[key][0], **SURGERIES[key][1]) for key in order]
-    parts = operated(algorithms, model)
+    parts = operated_in_order(order, model)
     parts = replace(parts, model=_cast(parts.model, precision))
     start = _parameters(parts.model)
     wrapped: nn.Module = parts.model
@@ -335,6 +344,26 @@ def by_hand(order: Sequence[str], precision: str, clip: float | None) -> Outcome
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+
+def operated_in_order(order: Sequence[str], model: nn.Module) -> Parts:
+    """What the surgeries hand out, one after the other."""
+    parts = Parts(model, loss=F.cross_entropy)
+    for key in order:
+        if key in SURGERIES:
+            kind, arguments = SURGERIES[key]
+            surgery = surgery_of(algorithm(kind, **arguments))
+        else:
+            surgery = surgery_of_a_stranger(key)
+        parts = surgery.apply(parts) if hasattr(surgery, "apply") else surgery(parts)
+    return parts
+
+
+def surgery_of_a_stranger(name: str) -> Any:
+    """What the component of this name builds, whoever offers it."""
+    registry = Registry.installed()
+    plan = make_plan(registry, strategy="single", data="torch", surgery=name)
+    return plan.surgeries[0].make()
 
 
 def forward_under(model: nn.Module, precision: str, inputs: Tensor) -> Tensor:
