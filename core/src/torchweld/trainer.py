@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,9 +32,11 @@ from torchweld.setup.flags import (
     parse_accelerator,
     parse_deterministic,
     parse_devices,
+    parse_max_time,
     parse_precision,
     parse_seed,
     positive,
+    timed,
 )
 from torchweld.setup.launching import Launched, start
 from torchweld.setup.opening import open_run
@@ -64,6 +67,8 @@ class Trainer:
         devices: number of processes that must have been launched; they are started by torchrun.
         max_epochs: 1 where neither this nor ``max_steps`` is given.
         max_steps: optimizer steps, like every step-valued setting.
+        max_time: ``"DD:HH:MM:SS"``, a timedelta or its arguments; the run ends at the border at
+            which it is used up. A resumed run counts on.
         gradient_clip_val: largest gradient norm (or value, by ``gradient_clip_algorithm``).
         limit_train_batches: batches (int) or fraction (float) of an epoch; the same for validation.
         val_check_interval: optimizer steps of the run (int), or a fraction of each epoch (float).
@@ -101,6 +106,7 @@ class Trainer:
         precision: str | int = "32",
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        max_time: str | timedelta | Mapping[str, float] | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
@@ -178,7 +184,7 @@ class Trainer:
             plan,
             registry,
             duration,
-            bare(extras) if barebones else extras,
+            timed(bare(extras) if barebones else extras, parse_max_time(max_time)),
             parse_devices(devices),
         )
         self._launched: Launched | None = None

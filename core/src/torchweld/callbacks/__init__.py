@@ -6,6 +6,7 @@ from torchweld.callbacks.early_stopping import EarlyStopping
 from torchweld.callbacks.learning_rate_monitor import LearningRateMonitor
 from torchweld.callbacks.model_checkpoint import ModelCheckpoint
 from torchweld.callbacks.profiler_window import ProfilerWindow
+from torchweld.callbacks.timer import Timer
 from torchweld.callbacks.unfreeze import Unfreeze
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ProfilerWindow",
+    "Timer",
     "Unfreeze",
 ]

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset
+
+from torchweld import rng
+from torchweld.data.order import Placed
 
 
 def _apply(transforms: Sequence[Callable[[Any], Any]], sample: Any) -> Any:
@@ -66,3 +70,42 @@ class Strided(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Tell the dataset, if it wants to know."""
         _pass_on(self.dataset, epoch)
+
+
+class SeededByPlace(Dataset[Any]):
+    """Seeds python, numpy and torch in a worker process anew for each sample that it loads.
+
+    torch gives each worker a random state of its own that moves on with what it happens to load, so
+    that a resumed epoch, or another number of workers, has other random numbers. Here they depend
+    on the run's seed, the epoch and the place of the sample in its order alone.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Placed) -> Any:
+        """Load a batch; one that its dataset loads at once is seeded by its first sample."""
+        together = getattr(self.dataset, "__getitems__", None)
+        if together is not None:
+            _seed(indices, indices.places[0])
+            return together(list(indices))
+        samples = []
+        for index, place in zip(indices, indices.places, strict=True):
+            _seed(indices, place)
+            samples.append(self.dataset[index])
+        return samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know."""
+        _pass_on(self.dataset, epoch)
+
+
+def _seed(batch: Placed, place: int) -> None:
+    entropy = np.random.SeedSequence([batch.seed, batch.epoch, place])
+    rng.seed_all(int(entropy.generate_state(1)[0]))

@@ -15,6 +15,17 @@ def shuffled(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
+class Placed(list[int]):
+    """Sample indices of a batch that say where in which epoch's order each of them stands.
+
+    It is a list to whoever reads it, so that it goes through a DataLoader to its workers.
+    """
+
+    def __init__(self, indices: Sequence[int], seed: int, epoch: int, places: range) -> None:
+        super().__init__(indices)
+        self.seed, self.epoch, self.places = seed, epoch, places
+
+
 class ShardedBatches:
     """Batches of sample indices for one process; a batch sampler for a DataLoader.
 
@@ -66,4 +77,7 @@ class ShardedBatches:
         for batch in range(self._start, len(self.real)):
             first = batch * self._global_batch
             chunk = order[first : first + self._global_batch]
-            yield list(chunk[self._rank :: self._world_size]) or [chunk[0]]
+            mine = list(chunk[self._rank :: self._world_size]) or [chunk[0]]
+            start = first + self._rank
+            places = range(start, start + len(mine) * self._world_size, self._world_size)
+            yield Placed(mine, self.seed, self._epoch, places)

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from torchweld import rng
-from torchweld.data.datasets import Strided, Transformed, TransformedIterable
+from torchweld.data.datasets import SeededByPlace, Strided, Transformed, TransformedIterable
 from torchweld.data.loaders import StreamLoader, TorchLoader
 from torchweld.data.order import ShardedBatches, shuffled
 from torchweld.errors import InvalidArgument
@@ -95,6 +95,8 @@ class TorchSource:
             len(dataset), request, shuffle=shuffle, batch_size=size, drop_last=drop_last
         )
         dataset = _transformed(dataset, request)
+        if self._workers["num_workers"] > 0 and request.train:
+            dataset = SeededByPlace(dataset)
         loader = DataLoader(dataset, batch_sampler=batches, **self._workers)
         return TorchLoader(loader, batches, counts=_counts(request))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchweld.callbacks import ModelCheckpoint
+from torchweld.callbacks import ModelCheckpoint, Timer
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
 from torchweld.loop.averages import average_of, averaged
@@ -39,6 +39,8 @@ class Borders:
         self.metrics: dict[str, float] = {}
         self.stop_asked = self.preempted = False
         self.saver = BesideSaver()
+        timers = [c for c in run.wiring.callbacks if isinstance(c, Timer)]
+        self._timer = timers[0] if timers else None
         self._marks: set[int] = set()
         self._since = time.monotonic()
         self._validated_at: int | None = None
@@ -135,6 +137,7 @@ class Borders:
             stop=self.stop_asked or self.saver.failed,
             end=self._run.end_asked.number > 0,
             grad_norm=self._wiring.prepared.grad_norm(),
+            seconds=self._timer.time_elapsed() if self._timer is not None else 0.0,
         )
         if totals.stop:
             self.saver.wait()
@@ -150,6 +153,8 @@ class Borders:
         for callback in self._extra:
             self.metrics.update(callback.extra_metrics(self._run))
         self._run.stopping |= totals.stop or totals.end
+        if self._timer is not None and self._timer.agree(totals.seconds, self._reduced_at):
+            self._end_of_time(self._timer)
         self.preempted |= totals.end and not self._is_complete()
         is_finite = math.isfinite(self.metrics.get("train_loss", 0.0))
         if not is_finite and not self._warned:
@@ -159,6 +164,14 @@ class Borders:
                 f"{self._run.position.step}: lower the learning rate or clip gradients "
                 "(gradient_clip_val=1.0)"
             )
+
+    def _end_of_time(self, timer: Timer) -> None:
+        if not self._run.stopping and not self._is_complete():
+            self._wiring.console.say(
+                f"max_time={timer.duration} is used up after step {self._run.position.step}: the "
+                "run ends here; go on with a longer one and ckpt_path='last'"
+            )
+        self._run.stopping = True
 
     def _agree_to_stop(self) -> None:
         """A callback may have asked just now; the end of an epoch is worth one more question."""

@@ -23,6 +23,7 @@ class Totals(NamedTuple):
     samples: int
     stop: bool
     end: bool
+    seconds: float
 
 
 class Recorder:
@@ -63,32 +64,41 @@ class Recorder:
         self._samples += samples
         self.losses.clear()
 
-    def reduce(self, *, stop: bool, end: bool = False, grad_norm: Tensor | None = None) -> Totals:
+    def reduce(
+        self,
+        *,
+        stop: bool,
+        end: bool = False,
+        grad_norm: Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> Totals:
         """Add up over all ranks: one reduction, one read. Every rank must call it.
 
         Args:
             stop: this rank asks for the end of the run.
             end: this rank was asked by a signal to end.
             grad_norm: of the last step, equal on all ranks.
+            seconds: used so far here; the result has their mean.
 
         Raises:
             LoopError: ranks logged different names.
         """
         names = sorted(self._named)
         signature = float(zlib.crc32("\n".join(names).encode()))
-        numbers = [0.0, 0.0, self._samples, stop, end, signature, signature**2]
+        numbers = [0.0, 0.0, self._samples, stop, end, seconds, signature, signature**2]
         table = torch.tensor(numbers, dtype=torch.float64, device=self._ranks.env.device)
         for place, measured in enumerate((self._loss_sum, grad_norm)):
             if measured is not None:
                 table[place] = measured
-        loss, norm, samples, stops, ends, *signatures = self._ranks.sum(table).tolist()
+        loss, norm, samples, stops, ends, seconds, *signatures = self._ranks.sum(table).tolist()
         self._check_names(signature, signatures, names)
         metrics = {"train_loss": loss / samples} if samples else {}
         if grad_norm is not None:
             metrics["grad_norm"] = norm / self._ranks.world_size
         metrics |= self._reduce_named(names)
         self._loss_sum, self._samples = None, 0
-        return Totals(metrics, round(samples), stops > 0, ends > 0)
+        mean_seconds = seconds / self._ranks.world_size
+        return Totals(metrics, round(samples), stops > 0, ends > 0, mean_seconds)
 
     def _check_names(self, mine: float, sums: list[float], names: list[str]) -> None:
         """Compare by sum and sum of squares: together they are right only if all are alike."""

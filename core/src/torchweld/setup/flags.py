@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from torchweld.callbacks import ModelCheckpoint
+from torchweld.callbacks import ModelCheckpoint, Timer
 from torchweld.components import Precision
 from torchweld.errors import InvalidArgument
 from torchweld.loop.loggers import LOGGERS
@@ -81,6 +82,40 @@ def clip_value(value: float | None, algorithm: str) -> float | None:
             f"gradient_clip_val={value!r}: give a number above 0, or None for off"
         )
     return None if value == 0 else value
+
+
+def parse_max_time(value: Any) -> timedelta | None:
+    """Return a duration: ``"DD:HH:MM:SS"``, a timedelta, or a mapping of its arguments.
+
+    Raises:
+        InvalidArgument: something else, or nothing above 0.
+    """
+    duration = None
+    if isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
+            units = ("days", "hours", "minutes", "seconds")
+            duration = timedelta(**{u: int(p) for u, p in zip(units, parts, strict=True)})
+    elif isinstance(value, Mapping):
+        try:
+            duration = timedelta(**value)
+        except TypeError:
+            duration = None
+    elif value is None or isinstance(value, timedelta):
+        duration = value
+    if (value is not None and not duration) or (duration and duration <= timedelta(0)):
+        raise InvalidArgument(
+            f"max_time={value!r}: give 'DD:HH:MM:SS', a datetime.timedelta, or a mapping such as "
+            "{'hours': 8}"
+        )
+    return duration
+
+
+def timed(extras: Extras, max_time: timedelta | None) -> Extras:
+    """Return ``extras`` with what ends the run in time."""
+    if max_time is None:
+        return extras
+    return replace(extras, callbacks=(*extras.callbacks, Timer(max_time)))
 
 
 def parse_devices(value: Any) -> int | None:
