@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from tests.core.test_callbacks import Kept
 from tests.core.trainings import (
@@ -318,3 +320,52 @@ def test_loggers_of_the_users_own_directory(tmp_path: Path) -> None:
 
     assert (tmp_path / "csv" / "metrics.csv").exists()
     assert list((tmp_path / "tb").iterdir())
+
+
+# ---- ranks with different amounts of data --------------------------------------------------------
+
+
+class Part(IterableDataset[Any]):
+    """A stream without a length that gives each rank its own part: 10 samples, and 17."""
+
+    def __iter__(self) -> Iterator[Any]:
+        inputs, targets = make_data(27).tensors
+        here = slice(0, 10) if dist.get_rank() == 0 else slice(10, 27)
+        return iter(list(zip(inputs[here], targets[here], strict=True)))
+
+
+def train_on_parts() -> tuple[list[Tensor], int, dict[str, float], list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def step(run: Any, batch: Any) -> Tensor:
+        seen.append(batch[0])
+        return F.cross_entropy(run.model(batch[0]), batch[1])
+
+    model = make_model()
+    settings: dict[str, Any] = {
+        "strategy": "ddp", "data": of_dataset(sharded=True), "max_steps": 4,
+        "accumulate_grad_batches": 2,
+    }  # fmt: skip
+    trainer = make_trainer(**settings)
+    result = trainer.fit(model, Part(), step=step, optimizer=arguments()["optimizer"])
+    found = trainer.evaluate(
+        model, Part(), loss=F.cross_entropy,
+        eval_step=lambda run, batch: (run.model(batch[0]), batch[1]),
+    )  # fmt: skip
+    return seen, result.progress.samples, found, list(model.state_dict().values())
+
+
+def test_two_processes_read_streams_of_different_lengths_to_the_end() -> None:
+    first, second = run_ranks(train_on_parts, 2)
+
+    inputs, targets = make_data(27).tensors
+    for answer, mine in ((first, inputs[:10]), (second, inputs[10:])):
+        epochs = [batch for _ in range(3) for batch in mine.split(BATCH)]
+        assert all(torch.equal(a, b) for a, b in zip(answer[0], epochs[:8], strict=True))
+    samples = sum(len(batch) for answer in (first, second) for batch in answer[0])
+    assert first[1] == second[1] == samples
+    model = make_model()
+    model.load_state_dict(dict(zip(model.state_dict(), first[3], strict=True)))
+    assert all(torch.equal(a, b) for a, b in zip(first[3], second[3], strict=True))
+    expected = F.cross_entropy(model(inputs), targets).item()
+    assert first[2]["loss"] == second[2]["loss"] == pytest.approx(expected, rel=1e-6)
