@@ -81,7 +81,16 @@ PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 SITE = ["mkdocs==1.6.1"]
 # Metrics, a logger and models that users bring.
 BROUGHT = ["torchmetrics", "transformers==5.24.0", "wandb"]
-WITH_PLUGINS = [*PYTEST, *PEERS, *SITE, *BROUGHT, "scikit-learn", "mypy==2.4.1", "types-tqdm"]
+WITH_PLUGINS = [
+    *PYTEST,
+    *PEERS,
+    *SITE,
+    *BROUGHT,
+    "scikit-learn",
+    "hatchling>=1.24",
+    "mypy==2.4.1",
+    "types-tqdm",
+]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]

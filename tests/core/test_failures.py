@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -161,6 +162,32 @@ def test_a_rank_that_dies_before_it_arrives_is_named(who: int, tmp_path: Path) -
 
     assert (codes[who], codes[1 - who]) == (-signal.SIGKILL, 1)
     assert f"RankMissing: rank {who} of 2 did not arrive at" in launch.output(1 - who)
+
+
+# ---- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory in whose ``runs`` there is room for 200 kB."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(runs)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs root, to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(runs)], check=True)
+
+
+@pytest.mark.parametrize("logger", ["", "1"], ids=["saving", "logging and saving"])
+def test_a_full_disk_ends_all_ranks_with_the_reason(logger: str, small_disk: Path) -> None:
+    with launched(small_disk, "callback at step 5", "fill_disk", "0", LOGGER=logger) as launch:
+        codes = launch.codes()
+
+    assert codes == [1, 1]
+    for rank in range(2):
+        assert "No space left on device" in launch.output(rank)
+    assert_saved_whole(small_disk / "runs")
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,13 @@ def wait() -> None:
         time.sleep(0.1)
 
 
+def fill_disk() -> None:
+    """No room is left where the run writes."""
+    with suppress(OSError), Path("runs/filled").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+
+
 def block_checkpoints() -> None:
     """A place for the next checkpoint that cannot be written."""
     for run in Path("runs").glob("*-*"):
@@ -92,7 +100,7 @@ def block_checkpoints() -> None:
 
 _ALL = (
     raise_error, raise_and_stay, leave, die, interrupt, terminate, terminate_launcher,
-    warn_by_slurm, wait, block_checkpoints,
+    warn_by_slurm, wait, fill_disk, block_checkpoints,
 )  # fmt: skip
 HARMS: dict[str, Callable[[], None]] = {harm.__name__: harm for harm in _ALL}
 
@@ -172,7 +180,8 @@ def main(place: str, harm: str, who: str, root: str, ckpt_path: str | None = Non
         data=use("torch", batch_size=4),
         default_root_dir=root,
         callbacks=[Harm(act), ModelCheckpoint(every_n_train_steps=2)],
-        logger=False,
+        logger=bool(os.environ.get("LOGGER")),
+        log_every_n_steps=1,
         max_epochs=2,
         seed=3,
     )
