@@ -23,6 +23,10 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.model.units import prepare_units, restore_units
 from torchweld.testing import empty_registry
 
+pytestmark = [  # what torch 2.13 warns of in its own tracing
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
 CPU = torch.device("cpu")
 BOTH: dict[str, Any] = {"compile": {}, "activation_checkpointing": True}
 NOTHING: dict[str, Any] = {}
