@@ -226,7 +226,7 @@ def by_trainer(cell: Cell, cache: str, allow: Sequence[str] = ()) -> Outcome:
         order=_order(plan, cell),
         clip=plan.settings.gradient_clip_val,
         same_plan=mirror.plan.digest == _trainer(cell, cache, allow).plan.digest,
-        weights=_exported(trainer),
+        weights=exported(trainer),
         val_loss=result.metrics["val_loss"],
     )
 
@@ -264,7 +264,7 @@ def be_quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def _exported(trainer: Trainer) -> dict[str, Tensor]:
+def exported(trainer: Trainer) -> dict[str, Tensor]:
     """The whole weights on rank 0, by the names they have after surgery."""
     with tempfile.TemporaryDirectory() as folder:
         place = [folder]
