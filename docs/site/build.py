@@ -26,6 +26,7 @@ NAVIGATION: dict[str, list[str]] = {
         "coming-from.md",
         "examples.md",
         "language-model.md",
+        "several-models.md",
         "commands.md",
     ],
     "Look up": ["components.md", "codes.md"],
