@@ -261,7 +261,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation as a site in .site/, then run all that it shows."""
     python = with_plugins(session, PLUGINS)
     session.run(python, "-m", "docs.site.build")
-    names = ("docs", "examples", "language_model", "site")
+    names = ("coming_from", "docs", "examples", "language_model", "site")
     run_pytest(session, python, *(f"tests/together/test_{name}.py" for name in names))
 
 

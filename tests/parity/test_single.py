@@ -69,6 +69,43 @@ def test_extras_change_no_weight(own: bool, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*/step-*"))
 
 
+def own_order() -> DataLoader[Any]:
+    """A loader that is shuffled by a generator of its own, which draws again after each epoch."""
+    generator = torch.Generator().manual_seed(5)
+    return DataLoader(make_data(), BATCH, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["fit", "own loop"])
+def test_a_loader_with_a_generator_keeps_its_order_in_every_epoch(own: bool) -> None:
+    by_ours, by_hands = make_model(), make_model()
+    torch.manual_seed(3)
+    by_hand(by_hands, own_order())
+    torch.manual_seed(3)
+
+    if own:
+        with make_trainer().prepare(by_ours, own_order(), **arguments()) as run:
+            own_loop(run)
+    else:
+        make_trainer().fit(by_ours, own_order(), **arguments())
+
+    assert different(weights(by_ours), weights(by_hands)) == []
+
+
+def test_a_loader_with_a_generator_goes_on_in_its_order(tmp_path: Path) -> None:
+    def fit(epochs: int, **more: Any) -> dict[str, torch.Tensor]:
+        model = make_model()
+        torch.manual_seed(3)
+        trainer = Trainer(max_epochs=epochs, logger=False, default_root_dir=tmp_path)
+        given = {**arguments(), "lr_scheduler": None, **more}
+        trainer.fit(model, own_order(), **given)
+        return weights(model)
+
+    whole = fit(3)
+    fit(1)
+
+    assert different(fit(3, ckpt_path="last"), whole) == []
+
+
 def test_adamw_equals_a_loop_by_hand_bitwise() -> None:
     result = trained(make_trainer(accumulate=3), own=False, optimizer="adamw")
 

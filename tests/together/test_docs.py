@@ -4,7 +4,8 @@ An HTML comment in front of a block says more about it:
 ``<!-- continue -->`` runs it after the block before it, in one script;
 ``<!-- file: path -->`` writes it for the blocks that follow;
 ``<!-- needs: module -->`` skips it where that module is not installed;
-``<!-- skip: reason -->`` leaves it out.
+``<!-- skip: reason -->`` leaves it out;
+``<!-- pair: name -->`` leaves it to test_coming_from.py.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def scripts_of(page: Path) -> list[Script]:
         line = text.count("\n", 0, block.start()) + 1
         if word == "file":
             files = {**files, value: code}
-        elif block["language"] != "python" or word == "skip":
+        elif block["language"] != "python" or word in {"skip", "pair"}:
             continue
         elif word == "continue":
             scripts[-1].code += code
@@ -114,16 +115,6 @@ def test_script_of_the_documentation_runs(script: Script, tmp_path: Path) -> Non
     write_files(tmp_path, {**script.files, "script.py": script.code})
 
     run("script.py", folder=tmp_path)
-
-
-@pytest.mark.slow
-def test_own_loop_ends_with_the_same_loss_before_and_after(tmp_path: Path) -> None:
-    before, after = scripts_of(ROOT / "docs" / "coming-from.md")[:2]
-    write_files(tmp_path, {**before.files, "before.py": before.code, "after.py": after.code})
-
-    printed = [run(f"{name}.py", folder=tmp_path).stdout for name in ("before", "after")]
-
-    assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]
 
 
 @pytest.fixture(params=[ROOT / "docs" / "contracts.md"], ids=["contracts.md"])

@@ -110,6 +110,7 @@ class Borders:
             return ended and self._wiring.ranks.world_size == 1
         if position.steps_in_epoch < self._wiring.table.steps_per_epoch_known:
             return False
+        feed.finish_epoch()  # before anything is saved: it may draw random numbers
         position.epoch += 1
         position.batch = position.steps_in_epoch = 0
         return True

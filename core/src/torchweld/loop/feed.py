@@ -56,6 +56,15 @@ class Feed:
         self._raw = self._counting(raw) if self.counts_samples else raw
         self.batches = self._transformed(self._raw)
 
+    def finish_epoch(self) -> None:
+        """Let the loader end its epoch, where all of it was read.
+
+        Its last batch is not its end: a RandomSampler with a generator draws once more after it,
+        and without that the next epoch has another order than in a plain loop.
+        """
+        if self.num_batches == self.loader.num_batches:
+            next(self._raw, None)
+
     def show_first(self) -> Any:
         """Return the next batch as the loader gave it; it is still to be read.
 
