@@ -275,3 +275,28 @@ def test_a_skipped_step_does_not_advance_the_schedule(tmp_path: Path) -> None:
     assert [rates[step][0][0] for step in range(7)] == pytest.approx(
         [0.1 * 0.9**n for n in applied]
     )
+
+
+def test_the_scale_of_fp16_resumes(tmp_path: Path) -> None:
+    scalers: list[Any] = []
+
+    class Growing(SingleStrategy):
+        def setup(self, model: nn.Module, request: SetupRequest) -> Prepared:
+            scaler = cpu_scaler()  # twice as large after every step
+            scalers.append(scaler)
+            step = OptimizerStep(model, request, scaler=scaler)
+            return replace(
+                super().setup(model, request),
+                optimizer=step.optimizer, step=step.bind(), loss_scaler=scaler,
+                backward=lambda loss: scaler.scale(loss).backward(),
+            )  # fmt: skip
+
+    scaled = Component("scaled", "a test", Growing, claims=Claims(provides="params.writable"))
+    run = partial(
+        train, schedule=None, strategy="scaled", registry=empty_registry(strategies=[scaled])
+    )
+    run(tmp_path / "whole")
+    middle = next(p for p in saved(tmp_path / "whole") if p.name == f"step-{MIDDLE}")
+    run(tmp_path / "resumed", ckpt_path=middle)
+
+    assert [scaler.get_scale() for scaler in scalers] == [4.0 * 2**TOTAL] * 2

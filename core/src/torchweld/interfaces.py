@@ -204,6 +204,7 @@ class Prepared:
             the first step), and those of ``gradients`` between backward and step.
         optimizer_names: names in each of the optimizer's groups, where it holds other tensors than
             ``named_parameters`` gives (pieces, copies); None: core finds them by identity.
+        loss_scaler: of fp16, with ``state_dict`` and ``load_state_dict``: it goes into checkpoints.
         notes: what was decided or repaired here, one line each; shown when the run starts.
     """
 
@@ -223,6 +224,7 @@ class Prepared:
     restore: Callable[[ShardReader], None]
     bytes_per_rank: Callable[[], Mapping[str, int]]
     optimizer_names: Sequence[Sequence[str]] | None = None
+    loss_scaler: Any | None = None
     notes: Sequence[str] = ()
 
 

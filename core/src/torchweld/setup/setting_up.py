@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchweld import rng
-from torchweld.callbacks import ModelCheckpoint
 from torchweld.data.repeated import RepeatedLoader
 from torchweld.errors import InvalidArgument, PlanError, RunError
 from torchweld.interfaces import Parts, SetupRequest
@@ -35,7 +34,7 @@ from torchweld.model.parameters import (
     model_lines,
     without_frozen_groups,
 )
-from torchweld.model.remaking import Outcome, numbered, operate_all
+from torchweld.model.remaking import Outcome, operate_all
 from torchweld.model.several import build_models, each_its_own, weights_of
 from torchweld.processes.agree import agree_on_model
 from torchweld.resolving.explain import render_problems
@@ -51,6 +50,7 @@ from torchweld.setup.loading import (
     validation,
 )
 from torchweld.setup.memory import memory_report, parameter_shapes, summary
+from torchweld.setup.stateful import loss_scalers, ordered_callbacks, stateful_callbacks
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, ParamGroup, Prepared
@@ -290,7 +290,7 @@ def wire(
     transform = bind_transform(
         ranks.env.device, getattr(loader, "on_device", False), parts.input_transforms
     )
-    callbacks = _callbacks(parts.callbacks, config)
+    callbacks = ordered_callbacks(parts.callbacks, config)
     known = loader.batch_size is not None and loader.num_samples is not None
     return Wiring(
         plan=plan,
@@ -321,7 +321,11 @@ def wire(
         callbacks=callbacks,
         loggers=make_loggers(extras.logger, directory) if ranks.rank == 0 else [],
         console=console,
-        stateful={**remade.stateful, **_stateful_callbacks(extras.callbacks)},
+        stateful={
+            **remade.stateful,
+            **loss_scalers(ready.prepared, bound.members),
+            **stateful_callbacks(extras.callbacks),
+        },
         directory=directory,
         root=extras.root,
         model_digest=remade.digest,
@@ -371,29 +375,3 @@ def check_closure(prepared: Prepared, plan: Plan) -> None:
             f"{name} evaluates the loss itself, so accumulate_grad_batches="
             f"{plan.settings.accumulate_grad_batches} has no meaning: leave it at 1"
         )
-
-
-def _callbacks(callbacks: tuple[Any, ...], config: Config) -> tuple[Any, ...]:
-    """The callbacks of the run; the one that saves comes last, to save what the others changed."""
-    savers = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
-    others = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
-    if savers and not config.extras.checkpointing:
-        raise InvalidArgument(
-            "callbacks has a ModelCheckpoint and enable_checkpointing=False: remove one of them"
-        )
-    if config.extras.checkpointing and not savers:
-        savers = [ModelCheckpoint()]
-    for saver in savers:
-        saver.siblings = tuple(other for other in savers if other is not saver)
-    return (*others, *savers)
-
-
-def _stateful_callbacks(callbacks: tuple[Any, ...]) -> dict[str, Any]:
-    by_name: dict[str, list[Any]] = {}
-    for callback in callbacks:
-        if hasattr(callback, "state_dict"):
-            by_name.setdefault(f"callback {type(callback).__name__}", []).append(callback)
-    found: dict[str, Any] = {}
-    for name, items in by_name.items():
-        found.update(numbered(name, items))
-    return found

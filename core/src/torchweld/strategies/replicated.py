@@ -82,6 +82,7 @@ def prepare_replicated(
         shards=lambda: _shards(model, optimizer) if env.rank == 0 else iter(()),
         restore=lambda reader: _restore(model, optimizer, reader),
         bytes_per_rank=lambda: _bytes(model, optimizer),
+        loss_scaler=optimizing.scaler if optimizing else None,
     )
 
 

@@ -212,6 +212,7 @@ class _Preparation:
             restore=lambda reader: self._checked(state).restore(optimizer, reader),
             bytes_per_rank=lambda: bytes_held(self.pieces, optimizer.state if optimizer else {}),
             optimizer_names=names_held(optimizer, self.pieces) if optimizer else None,
+            loss_scaler=optimizing.scaler if optimizing else None,
             notes=[*notes, *self.notes],
         )
 
