@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Wiring:
         """Whether the optimizer evaluates the loss itself."""
         return needs_closure(self.prepared.optimizer)
 
-    @property
+    @cached_property
     def optimizers(self) -> dict[str, Any]:
         """The optimizers by the name under which their learning rate is logged."""
         if not self.members:
