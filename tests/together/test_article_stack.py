@@ -40,8 +40,11 @@ from torchweld.testing import run_ranks
 SECONDS = 200.0
 EPOCHS = 2
 DISTRIBUTED = [name for name in STRATEGIES if name != "single"]
-ALLOWED_CALLS = 10
-"""Python calls a step that the stack may cost above Composer's objects called by hand."""
+ALLOWED_CALLS = 16
+"""Python calls a step that the stack may cost above Composer's objects called by hand.
+
+Counted: 7-8 under ``single``, 10 under ``ddp``, 14 under ``fsdp``, where inputs change format.
+"""
 
 
 def by_hand(precision: str) -> dict[str, Tensor]:
@@ -315,7 +318,7 @@ def test_the_stack_costs_few_python_calls_more_than_by_hand(cache: str) -> None:
 
     extra = {
         name: run_ranks(calls_of_the_stack, 1, name, cache, timeout_seconds=SECONDS)[0] - by_hand
-        for name in ("single", "ddp")
+        for name in ("single", "ddp", "fsdp")
     }
 
     assert max(extra.values()) <= ALLOWED_CALLS, extra
