@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torchweld import Claims, Component, Rel, Settings
+from torchweld import Adapt, Claims, Component, Rel, Settings
 from torchweld_deepspeed.config import find_notes
 from torchweld_deepspeed.merging import find_wishes
 from torchweld_deepspeed.options import DeepSpeedOptions
@@ -54,6 +54,11 @@ _NO_COMPILE = Rel(
     "first step fails",
     "stage=2, strategy='fsdp', or leave compile out",
 )
+_WHOLE_FIRST = Adapt(
+    {"zero_init": False},
+    "a surgery copies weights into new layers, and zero_init would have cut them into pieces",
+    when="weights.replaced",
+)
 CASTS = {
     "bf16-true": "precision='bf16-true' casts parameters; precision='bf16' keeps them in fp32",
     "16": "precision='16' is DeepSpeed's own, which casts parameters over fp32 copies; "
@@ -87,6 +92,7 @@ def deepspeed_claims(options: DeepSpeedOptions, settings: Settings) -> Claims:
             *([_NO_COMPILE] if options.stage == 3 else []),
             *([_NO_BATCHNORM] if settings.precision == "bf16-true" else []),
         ),
+        adapts=(_WHOLE_FIRST,) if options.zero_init else (),
         sets=find_wishes(options, settings),
         settles=(*_settled(options, settings), *find_notes(options)),
     )

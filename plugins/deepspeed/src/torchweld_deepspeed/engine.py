@@ -6,6 +6,7 @@ Models", arXiv 1910.02054.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -274,15 +275,26 @@ def build_in_pieces(
         model = make()
     for parameter in model.parameters():
         piece: Any = parameter
-        parameter.data = parameter.data.new_zeros(1).expand(piece.ds_shape)
+        # Not a number, so that what somebody computes from it can be told from weights.
+        parameter.data = parameter.data.new_full((1,), math.nan).expand(piece.ds_shape)
     return model
 
 
 def _hide_shapes(model: nn.Module) -> None:
-    """Undo what ``build_in_pieces`` did last."""
-    for parameter in model.parameters():
+    """Undo what ``build_in_pieces`` did last.
+
+    Raises:
+        InvalidArgument: a parameter was computed from values that were in pieces.
+    """
+    for name, parameter in model.named_parameters():
         if getattr(parameter, "ds_status", None) is not None:
             parameter.data = parameter.data.new_empty(0)
+        elif parameter.isnan().any():
+            raise InvalidArgument(
+                f"{name!r} was computed from weights that zero_init=True has cut into pieces, "
+                "after the model was built: leave zero_init out, or compute it in the layer's own "
+                "constructor"
+            )
 
 
 def grad_norm(engine: Any) -> Tensor | None:
