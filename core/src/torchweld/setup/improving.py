@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from torchweld.model.units import prepare_units
 from torchweld.setup.launching import Launched, guarded
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from torchweld.interfaces import Parts
     from torchweld.loop.console import Console
 
@@ -18,9 +21,11 @@ def improved(launched: Launched, parts: Parts, console: Console) -> Parts:
     """Synchronise BatchNorm, checkpoint activations, compile: in this order, as far as asked."""
     settings, env = launched.plan.settings, launched.ranks.env
     model = synchronised(parts.model, env) if settings.sync_batchnorm else parts.model
-    units = guarded(
-        launched.plan.strategy, "asked for its units", lambda: launched.strategy.units(model)
-    )
+    units: Sequence[nn.Module] = ()
+    if settings.compile or settings.activation_checkpointing:
+        units = guarded(
+            launched.plan.strategy, "asked for its units", lambda: launched.strategy.units(model)
+        )
     trains = parts.optimizer is not None
     for note in prepare_units(model, units, settings, env.device, trains=trains):
         console.say(note)
