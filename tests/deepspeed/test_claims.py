@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,24 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 
-from tests.deepspeed.runs import SECONDS, bench_of, case_of, steps_of
+from tests.deepspeed.runs import (
+    SECONDS,
+    bench_of,
+    by_engine,
+    by_hand,
+    by_zero,
+    case_of,
+    steps_of,
+    told,
+    training_of,
+)
 from torchweld import Claims, Component, Rel, Trainer, use
 from torchweld.components import Settings
 from torchweld.errors import TorchweldError
 from torchweld.setup.memory import parameter_shapes, slots_of
 from torchweld.testing import models, run_ranks
+from torchweld.testing.processes import RanksFailed
+from torchweld.testing.strategy_bench import channels_last_convnet
 from torchweld.testing.strategy_session import Case, Step, prepared
 from torchweld_deepspeed import DEEPSPEED, DeepSpeedOptions
 from torchweld_deepspeed.components import deepspeed_claims
@@ -187,3 +200,49 @@ def test_batchnorm_is_refused_where_parameters_are_cast() -> None:
 
     assert forbidden("bf16-true") == ["model.batchnorm"]
     assert forbidden("bf16") == []
+
+
+# ---- channels-last weights -----------------------------------------------------------------------
+
+
+def notes_of(case: Case) -> list[str]:
+    with prepared(case) as session:
+        return list(session.prepared.notes)
+
+
+def test_deepspeed_fails_on_channels_last_weights() -> None:
+    training = training_of("convnet", make_model=channels_last_convnet)
+
+    with pytest.raises(RanksFailed, match=r"self\.stride\(-1\) must be 1 to view"):
+        run_ranks(by_engine, 2, training, told(2), timeout_seconds=SECONDS)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_channels_last_weights_are_made_contiguous_and_it_is_said(stage: int) -> None:
+    case = case_of(bench_of(f"zero{stage}", 2), "convnet")
+    case = replace(case, make_model=channels_last_convnet)
+
+    for notes in run_ranks(notes_of, 2, case, timeout_seconds=SECONDS):
+        assert any("2 weights in another memory format were made contiguous" in n for n in notes)
+
+
+def test_channels_last_weights_train_as_by_hand() -> None:
+    training = training_of("convnet", make_model=channels_last_convnet)
+
+    found = run_ranks(by_zero, 2, training, {"stage": 2}, timeout_seconds=SECONDS)
+    expected = run_ranks(by_hand, 2, training, timeout_seconds=SECONDS)
+
+    for one, other in zip(found, expected, strict=True):
+        assert one.losses == pytest.approx(other.losses, abs=1e-5)
+
+
+# ---- BatchNorm -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_what_batchnorm_sees_is_said_as_it_is(synchronised: bool) -> None:
+    claims = deepspeed_claims(DeepSpeedOptions(), Settings(sync_batchnorm=synchronised))
+
+    said = [what for what, _ in claims.settles]
+    assert any("each process's own batch" in what for what in said) is not synchronised
+    assert any("checkpoints take rank 0's buffers" in what for what in said)

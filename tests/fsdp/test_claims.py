@@ -25,6 +25,13 @@ from torchweld.interfaces import Parts
 from torchweld.testing import models, run_ranks, spawn_ranks
 from torchweld_fsdp import FSDP, FsdpOptions
 from torchweld_fsdp.components import fsdp_claims
+from torchweld_fsdp.fairscale.components import (
+    OssOptions,
+    SdpOptions,
+    fairscale_fsdp_claims,
+    oss_claims,
+    sdp_claims,
+)
 
 ALWAYS = {
     "params.local",
@@ -261,3 +268,19 @@ def test_bf16_losses_equal_those_of_ddp_and_gathering_in_bf16_is_close() -> None
 
 def test_the_component_is_what_the_plugin_offers() -> None:
     assert FSDP.options is FsdpOptions
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_what_batchnorm_sees_is_said_as_it_is(synchronised: bool) -> None:
+    settings = Settings(sync_batchnorm=synchronised)
+
+    said = [what for what, _ in fsdp_claims(FsdpOptions(), settings).settles]
+    assert any("each process's own batch" in what for what in said) is not synchronised
+    assert any("checkpoints take rank 0's buffers" in what for what in said)
+    for claims in (
+        oss_claims(OssOptions(), settings),
+        sdp_claims(SdpOptions(), settings),
+        fairscale_fsdp_claims(None, settings),
+    ):
+        own = any("its own batch" in what for what, _ in claims.settles)
+        assert own is not synchronised

@@ -144,8 +144,9 @@ def _settled(options: DeepSpeedOptions, settings: Settings) -> Iterator[tuple[st
         "buckets are no larger than the trained parameters",
         "DeepSpeed allocates 2000 MB however small the model is",
     )
+    own = "" if settings.sync_batchnorm else "BatchNorm sees each process's own batch; "
     yield (
-        "BatchNorm sees each process's own batch; evaluation and checkpoints take rank 0's buffers",
+        f"{own}evaluation and checkpoints take rank 0's buffers",
         "DeepSpeed never exchanges them, so each process would evaluate another model",
     )
     if settings.precision == "bf16" and options.communication_dtype != "bf16":

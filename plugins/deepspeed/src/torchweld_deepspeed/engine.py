@@ -96,11 +96,13 @@ def make_engine(
         InvalidArgument: an optimizer that looks at more than single elements.
         RunError: an operation that was asked for cannot be compiled here.
     """
+    laid_out: list[str] = []
     if is_partitioned(model):
         _hide_shapes(model)
     else:
         check_materialised(model)
         model.to(request.env.device)
+        laid_out = make_contiguous(model)
     optimizer, names, notes = _make_optimizer(
         model,
         request,
@@ -124,8 +126,22 @@ def make_engine(
         stage=int(engine.zero_optimization_stage()),
         offloads=_device_of(config, "offload_optimizer") != "none",
         swaps=swaps,
-        notes=tuple(notes),
+        notes=(*laid_out, *notes),
     )
+
+
+def make_contiguous(model: nn.Module) -> list[str]:
+    """Lay weights out in the order of their dimensions; returns a note of it, if any were not.
+
+    DeepSpeed views weights as bytes when it sends rank 0's, which fails in another memory format.
+    """
+    strided = [p for p in model.parameters() if not p.is_contiguous()]
+    for parameter in strided:
+        parameter.data = parameter.data.contiguous()
+    if not strided:
+        return []
+    said = f"deepspeed: {len(strided)} weights in another memory format were made contiguous, as "
+    return [said + "ZeRO lays them end to end; inputs and activations may stay channels-last"]
 
 
 def check_optimizer(optimizer: Any, groups: Sequence[ParamGroup]) -> None:

@@ -51,7 +51,11 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
         requires=tuple(requires),
         forbids=tuple(forbids),
         adapts=_WHOLE_FIRST,
-        settles=(*_SETTLES, _COPIES) if keeps_copies else _SETTLES,
+        settles=(
+            *_SETTLES,
+            _SAME_BUFFERS if settings.sync_batchnorm else _OWN_STATISTICS,
+            *([_COPIES] if keeps_copies else []),
+        ),
     )
 
 
@@ -101,10 +105,14 @@ _SETTLES = (
         "weights that two layers share stay shared",
         "FSDP2 of torch 2.7 parts them when they lie in two units",
     ),
-    (
-        "BatchNorm sees each process's own batch; evaluation and checkpoints take rank 0's buffers",
-        "FSDP2 never exchanges them, so each process would evaluate another model",
-    ),
+)
+_OWN_STATISTICS = (
+    "BatchNorm sees each process's own batch; evaluation and checkpoints take rank 0's buffers",
+    "FSDP2 never exchanges them, so each process would evaluate another model",
+)
+_SAME_BUFFERS = (
+    "evaluation and checkpoints take rank 0's buffers",
+    "FSDP2 never exchanges them, so each process would evaluate another model",
 )
 
 FSDP = Component(

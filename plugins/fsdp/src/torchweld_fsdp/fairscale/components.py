@@ -99,6 +99,10 @@ def sdp_claims(options: SdpOptions, settings: Settings) -> Claims:
     return _claims(settings, provides, lacks, forbids=_NO_FP16)
 
 
+def _buffers(settings: Settings) -> tuple[tuple[str, str], ...]:
+    return () if settings.sync_batchnorm else (_BUFFERS,)
+
+
 def _claims(
     settings: Settings,
     provides: list[str],
@@ -118,11 +122,11 @@ def _claims(
         },
         forbids=forbids,
         adapts=adapts,
-        settles=(_BUFFERS, _CLOSURES, _FROZEN_SOFTWARE),
+        settles=(*_buffers(settings), _CLOSURES, _FROZEN_SOFTWARE),
     )
 
 
-def fairscale_fsdp_claims(_options: None, _settings: Settings) -> Claims:
+def fairscale_fsdp_claims(_options: None, settings: Settings) -> Claims:
     """What stays possible where each process has a flat part of every parameter."""
     return Claims(
         provides=(
@@ -147,7 +151,7 @@ def fairscale_fsdp_claims(_options: None, _settings: Settings) -> Claims:
             "strategy='fsdp', which shards the same on any device",
         ),
         forbids=_NO_FP16,
-        settles=(_BUFFERS, _CLOSURES, _FROZEN_SOFTWARE),
+        settles=(*_buffers(settings), _CLOSURES, _FROZEN_SOFTWARE),
     )
 
 
