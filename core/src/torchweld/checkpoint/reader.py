@@ -95,7 +95,9 @@ class Checkpoint:
         if local.dtype != dtype:
             raise CheckpointError(
                 f"{name}: the checkpoint {self.path} has {dtype_name(dtype)}, asked for "
-                f"{dtype_name(local.dtype)}; use the precision it was saved with"
+                f"{dtype_name(local.dtype)}: resume with the precision and the strategy it was "
+                "saved with (some keep fp32 weights under a lower precision), or export its "
+                "weights and begin anew with init_weights=, which casts them"
             )
         corner = start if isinstance(start, int) else tuple(start)
         target = Piece(shape, corner, tuple(local.shape))
