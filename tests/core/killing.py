@@ -14,7 +14,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,10 @@ _SAVE_SECONDS = 0.05  # about what one takes here
 _PATIENCE_SECONDS = 120.0
 
 
+Job = Callable[["Leg", float, str | None], None]
+"""``(leg, dropout, ckpt_path)``: writes checkpoints below ``runs/``, where it is started."""
+
+
 @dataclass(frozen=True)
 class Leg:
     """A part of a run: on how many processes, under which strategy, up to which step."""
@@ -46,6 +50,7 @@ class Leg:
     world_size: int
     until: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    job: Job | None = None  # what a rank does; None: train, below
 
     def __str__(self) -> str:
         """``ddp(…) on 2 to step 5``."""
@@ -106,7 +111,8 @@ def _finished(place: Path, leg: Leg, dropout: float, ckpt_path: str | None) -> P
     """Run ``leg`` to its end and return its newest checkpoint."""
     place.mkdir(exist_ok=True)
     words = (leg, dropout, ckpt_path)
-    with forked_ranks(train, leg.world_size, *words, directory=place) as processes:
+    job = leg.job or train
+    with forked_ranks(job, leg.world_size, *words, directory=place) as processes:
         codes = processes.codes(_PATIENCE_SECONDS)
         assert codes == [0] * leg.world_size, f"{leg}: {codes}\n{_said(processes)}"
     found, skipped = last(place / "runs")
@@ -131,6 +137,7 @@ def killed_while_saving(
     world_size: int = 2,
     rounds: int = 5,
     steps: int = 24,
+    job: Job | None = None,
 ) -> list[str]:
     """Kill all ranks, or one of them, while a checkpoint is written beside the training.
 
@@ -145,8 +152,9 @@ def killed_while_saving(
         world_size: number of processes.
         rounds: how many runs are killed.
         steps: optimizer steps of a run, with a checkpoint after every second.
+        job: what a rank does; None: it trains a small net.
     """
-    leg = Leg(strategy, world_size, steps, options or {})
+    leg = Leg(strategy, world_size, steps, options or {}, job)
     expected = contents(_finished(directory / "whole", leg, 0.2, None))
     problems: list[str] = []
     in_flight = 0
@@ -175,7 +183,8 @@ def _kill(place: Path, leg: Leg, rng: random.Random) -> tuple[str, list[str], li
     """
     who = rng.choice(["all", *map(str, range(leg.world_size))])
     killed = [rank for rank in range(leg.world_size) if who in {"all", str(rank)}]
-    with forked_ranks(train, leg.world_size, leg, 0.2, None, directory=place) as processes:
+    job = leg.job or train
+    with forked_ranks(job, leg.world_size, leg, 0.2, None, directory=place) as processes:
         wait_for_save(place / "runs", processes, rng.randrange(4))
         time.sleep(rng.uniform(0, _SAVE_SECONDS))
         unfinished = left_over(place / "runs")
