@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from tests.core.trainings import arguments, make_data, make_model, of_dataset, weights
+from tests.core.trainings import (
+    Stream,
+    arguments,
+    make_data,
+    make_model,
+    make_trainer,
+    of_dataset,
+    weights,
+)
 from torchweld import (
     EarlyStopping,
     LearningRateMonitor,
@@ -19,6 +27,7 @@ from torchweld import (
     ProfilerWindow,
     Trainer,
     Unfreeze,
+    use,
 )
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import Border, Progress, Result, Run
@@ -132,6 +141,29 @@ def test_early_stopping_refuses_what_cannot_work(options: dict[str, Any], words:
 def test_early_stopping_names_the_metrics_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"no such metric; it has .*val_loss"):
         train(tmp_path, EarlyStopping("val_los"))
+
+
+def test_early_stopping_refuses_a_run_that_never_validates(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="this run never validates; give val="):
+        train(tmp_path, EarlyStopping("val_loss"), check_val_every_n_epoch=None)
+
+
+def stop_on_a_stream() -> str:
+    trainer = make_trainer(
+        barebones=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        strategy="ddp", data=use("torch", batch_size=4, shard=True), max_steps=2,
+        callbacks=[EarlyStopping("train_loss")],
+    )  # fmt: skip
+    try:
+        trainer.fit(make_model(), Stream(), **arguments())
+    except InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+def test_early_stopping_refuses_epochs_whose_ends_nobody_knows() -> None:
+    for said in run_ranks(stop_on_a_stream, 2):
+        assert "nobody knows" in said
 
 
 # ---- what is logged ------------------------------------------------------------------------------

@@ -68,6 +68,33 @@ def test_a_run_ends_inside_an_epoch_is_saved_and_counts_on(
     assert again.progress.step == first.progress.step + 1  # one step tells that nothing is left
 
 
+def test_a_run_with_nothing_left_keeps_the_time_that_was_used(tmp_path: Path) -> None:
+    fit = partial(
+        make_trainer(
+            max_time={"hours": 1}, barebones=False, logger=False, enable_progress_bar=False,
+            default_root_dir=tmp_path, max_epochs=1,
+        ).fit, make_model(), make_loader(), **arguments(loss=slow_loss),
+    )  # fmt: skip
+    fit()
+    timer = Timer(timedelta(hours=1))
+    again = make_trainer(
+        callbacks=[timer], barebones=False, logger=False, enable_progress_bar=False,
+        default_root_dir=tmp_path, max_epochs=1,
+    )  # fmt: skip
+    again.fit(make_model(), make_loader(), ckpt_path="last", **arguments(loss=slow_loss))
+    used = timer.time_elapsed()
+    again.fit(make_model(), make_loader(), **arguments(loss=slow_loss))
+
+    assert used > 0.05  # at the least a step's; it was 0 when the first run's time was lost
+    assert timer.state_dict()["time_elapsed"] - timer._before > 0
+    assert timer._before == 0  # a run that goes on from nothing begins at nothing
+
+
+def test_two_limits_of_time_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="a run has one limit of time"):
+        make_trainer(barebones=False, callbacks=[Timer(timedelta(days=1))], max_time={"seconds": 1})
+
+
 def test_the_pace_of_the_last_steps_tells_the_next_border() -> None:
     timer = Timer(timedelta(seconds=100))
 

@@ -183,6 +183,13 @@ def test_a_schedule_by_a_metric_is_stepped_when_it_is_measured(
     assert len(set(counting.values)) == times
 
 
+def test_a_metric_that_is_never_measured_is_refused(tmp_path: Path) -> None:
+    schedule = LRSchedule(by(S.ReduceLROnPlateau), monitor="val_loss")
+
+    with pytest.raises(InvalidArgument, match="this run never validates; give val="):
+        train(tmp_path, schedule, check_val_every_n_epoch=None)
+
+
 def plateau_rates(root: Path) -> Any:
     schedule = LRSchedule(by(S.ReduceLROnPlateau, patience=0, threshold=0.5), monitor="val_loss")
     return train(root, schedule, strategy="ddp", max_epochs=4)[0]

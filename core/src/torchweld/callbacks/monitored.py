@@ -15,6 +15,33 @@ def measured_anew(monitor: str, kinds: Collection[str]) -> bool:
     return ("eval_end" if monitor.startswith("val_") else "epoch_end") in kinds
 
 
+def check_measured(monitor: str, who: str, *, validates: bool, epochs_end: bool) -> None:
+    """Refuse a metric that no border of the run would measure anew.
+
+    Without this the schedule or the callback would do nothing, without a word.
+
+    Args:
+        monitor: the metric.
+        who: follows it.
+        validates: the run has borders with validation.
+        epochs_end: the ends of its epochs are borders.
+
+    Raises:
+        InvalidArgument: there are none for this metric.
+    """
+    if monitor.startswith("val_") and not validates:
+        raise InvalidArgument(
+            f"{who}(monitor={monitor!r}): this run never validates; give val=, and say when with "
+            "check_val_every_n_epoch= or val_check_interval="
+        )
+    if not monitor.startswith("val_") and not epochs_end:
+        raise InvalidArgument(
+            f"{who}(monitor={monitor!r}): it is measured at the ends of epochs, and nobody knows "
+            "where those of data without a length are on several processes; monitor a metric of "
+            "validation, with val_check_interval="
+        )
+
+
 def value_of(monitor: str, metrics: Mapping[str, float], who: str) -> float:
     """Return the metric.
 

@@ -23,7 +23,8 @@ class Timer:
 
     def __init__(self, duration: timedelta) -> None:
         self.duration = duration
-        self._before = self._loaded = 0.0  # seconds of the runs that this one goes on from
+        self._before = 0.0  # seconds of the runs that this one goes on from
+        self._goes_on = False
         self._since: float | None = None
         self._agreed = 0.0
         self._agreed_step = 0
@@ -60,10 +61,12 @@ class Timer:
         """Begin to count; the borders themselves ask the rest."""
         if "fit_start" in border.kind:
             # What an earlier fit of this Trainer used is not this one's, unless it goes on from it.
-            self._before, self._loaded = self._loaded, 0.0
+            self._before = self._before if self._goes_on else 0.0
             self._since = time.monotonic()
             self._agreed, self._agreed_step = self._before, border.progress.step
             self._seconds_per_step = None
+        if border.kind & {"fit_start", "fit_end"}:
+            self._goes_on = False
 
     def state_dict(self) -> dict[str, Any]:
         """The time used so far."""
@@ -71,4 +74,5 @@ class Timer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a run before."""
-        self._loaded = float(state["time_elapsed"])
+        self._before, self._since = float(state["time_elapsed"]), None
+        self._goes_on = True

@@ -212,6 +212,12 @@ class Extras:
     def __post_init__(self) -> None:
         _at_least_one("log_every_n_steps", self.log_every_n_steps)
         _check_loggers(self.logger)
+        timers = [c.duration for c in self.callbacks if isinstance(c, Timer)]
+        if len(timers) > 1:
+            raise InvalidArgument(
+                f"a run has one limit of time, and there are {', '.join(map(str, timers))}: leave "
+                "max_time=, which makes a Timer, or one of callbacks out"
+            )
         for callback in self.callbacks:
             if not hasattr(callback, "at") and not hasattr(callback, "bind"):
                 raise InvalidArgument(

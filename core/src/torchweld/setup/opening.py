@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchweld import rng
-from torchweld.callbacks import ModelCheckpoint
+from torchweld.callbacks import EarlyStopping, ModelCheckpoint
+from torchweld.callbacks.monitored import check_measured
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.loop.computing import (
     call_model,
@@ -51,6 +52,7 @@ def open_run(
     run = TrainingRun(wiring, where)
     if wiring.directory is not None:
         check_savable(wiring)
+    _check_monitors(wiring)
     _bind(run, request)
     wiring = run.wiring
     seed = wiring.plan.settings.seed
@@ -69,6 +71,19 @@ def open_run(
     compute = _first_batch(run, request)
     run.borders.start()
     return run, compute
+
+
+def _check_monitors(wiring: Wiring) -> None:
+    """Refuse what would follow a metric that this run never measures."""
+    table, sets = wiring.table, wiring.validation.loaders
+    epochs_end = table.steps_per_epoch is not None or wiring.ranks.world_size == 1
+    by_epoch = epochs_end and table.val_every_epochs is not None
+    validates = bool(sets) and (by_epoch or table.val_every_steps is not None)
+    stopping = (c for c in wiring.callbacks if isinstance(c, EarlyStopping))
+    followers = [(callback.monitor, type(callback).__name__) for callback in stopping]
+    followers += [(s.monitor, "LRSchedule") for s in wiring.schedules if s.interval == "metric"]
+    for monitor, who in followers:
+        check_measured(monitor, who, validates=validates, epochs_end=epochs_end)
 
 
 def _bind(run: TrainingRun, request: FitRequest) -> None:
