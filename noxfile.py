@@ -95,6 +95,11 @@ WITH_PLUGINS = [
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]
 TORCH_FREE += ["verdicts", "vocabulary"]
+# What may depend on torch runs on the older one too; all of it runs on the newest, plugin by plugin.
+DEPEND_ON_TORCH = {
+    "deepspeed": ["faults", "optimizers", "parity", "state", "trainer"],
+    "fsdp": ["deferred", "parity", "remedies", "trainer", "units"],
+}
 # Two processes run on two cores: a thread more would wait for the others.
 ENV = {"OMP_NUM_THREADS": "1"}
 
@@ -247,13 +252,11 @@ def plugin(session: nox.Session, name: str) -> None:
 @nox.session
 def together(session: nox.Session) -> None:
     """Test everything installed at once, with core's own tests and those of older torch."""
-    tests = ["tests/core", "tests/together", "tests/parity", "tests/fsdp"]
-    # What may depend on torch; all of it runs on the newest one, in plugin(deepspeed).
-    tests += [
-        f"tests/deepspeed/test_{name}.py"
-        for name in ("faults", "optimizers", "parity", "state", "trainer")
+    tests = [
+        f"tests/{name}/test_{file}.py" for name, files in DEPEND_ON_TORCH.items() for file in files
     ]
-    run_pytest(session, with_plugins(session, PLUGINS), *tests)
+    folders = ["tests/core", "tests/together", "tests/parity"]
+    run_pytest(session, with_plugins(session, PLUGINS), *folders, *tests)
 
 
 @nox.session
