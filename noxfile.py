@@ -95,7 +95,7 @@ WITH_PLUGINS = [
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]
 TORCH_FREE += ["verdicts", "vocabulary"]
-# What may depend on torch runs on the older one too; all of it runs on the newest, plugin by plugin.
+# What may depend on torch runs on the older one too; all of it runs on the newest one.
 DEPEND_ON_TORCH = {
     "deepspeed": ["faults", "optimizers", "parity", "state", "trainer"],
     "fsdp": ["deferred", "parity", "remedies", "trainer", "units"],
