@@ -127,7 +127,9 @@ def continue_text(run: Run, tokens: Tensor) -> tuple[Tensor, None]:
     return tokens, None
 
 
-def make_trainer(strategy: str, steps: int, root: Path, *, clip: float | None = 1.0) -> Trainer:
+def make_trainer(
+    strategy: str, steps: int, root: Path, *, clip: float | None = 1.0, backend: str | None = None
+) -> Trainer:
     """The same training under any strategy, on any number of processes."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return Trainer(
@@ -135,6 +137,7 @@ def make_trainer(strategy: str, steps: int, root: Path, *, clip: float | None = 
         data=use("torch", batch_size=BATCH // ACCUMULATE // world_size),
         accumulate_grad_batches=ACCUMULATE,
         gradient_clip_val=clip,
+        compile={"backend": backend} if backend else False,
         max_steps=steps,
         val_check_interval=500,
         default_root_dir=root,
@@ -164,16 +167,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--root", type=Path, default=Path("runs"))
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint in root")
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile, e.g. inductor")
     options = parser.parse_args()
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
     train, val = load_data()
 
-    trainer = make_trainer(options.strategy, options.steps, options.root)
+    trainer = make_trainer(options.strategy, options.steps, options.root, backend=options.compile)
     say(trainer.plan.explain())
     fit(trainer, train, val, ckpt_path="last" if options.resume else None)
     loss = trainer.evaluate(data=val)["loss"]
     for text in trainer.predict(data=[torch.tensor(list(b"def "))], eval_step=continue_text):
         say(bytes(text[0].tolist()).decode(errors="replace"))
+    trainer.export("gpt.safetensors")
     say(f"validation: {loss / math.log(2):.4f} bits per byte")
 
 

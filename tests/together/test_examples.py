@@ -30,7 +30,8 @@ class Example:
 
     Attributes:
         arguments: for a run that is short and still learns.
-        strategies: those that it is started with on two processes; they end alike.
+        strategies: those that it is started with on two processes; they end alike. None where
+            its plain version runs on two processes too: it is compared to that.
         score: the pattern of what both print at their end.
         learnt: the least score that is no accident; the most, where lower is better.
     """
@@ -49,6 +50,7 @@ EXAMPLES = {
     "vae": Example(("--epochs=8",), ("ddp", "deepspeed"), "error of a pixel", 0.25, lower=True),
     "gan": Example(("--epochs=10",), ("ddp", "fsdp"), "error of the mean drawing", 0.3, lower=True),
     "finetuning": Example(("--epochs=3", "--unfreeze=1"), ("fsdp",), "accuracy", 0.3),
+    "gpt": Example(("--steps=12",), (), "validation", 7.0, lower=True),
 }
 
 
@@ -80,7 +82,7 @@ def run_both(name: str, arguments: tuple[str, ...]) -> list[tuple[str, dict[str,
 
 def score(name: str, printed: str) -> float:
     """The number behind the name of the score, in the last line that has one."""
-    found = re.findall(rf"^{EXAMPLES[name].score}: ([\d.]+)$", printed, re.MULTILINE)
+    found = re.findall(rf"^{EXAMPLES[name].score}: ([\d.]+)\b", printed, re.MULTILINE)
     return float(found[-1])
 
 
@@ -105,7 +107,7 @@ def run_under(name: str, strategy: str) -> tuple[str, dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if EXAMPLES[name].strategies])
 def test_moved_in_script_learns_on_two_processes(name: str) -> None:
     example = EXAMPLES[name]
 
@@ -119,6 +121,40 @@ def test_moved_in_script_learns_on_two_processes(name: str) -> None:
     for other in runs[1:]:
         for key, tensor in runs[0][1].items():
             torch.testing.assert_close(other[1][key], tensor, rtol=0, atol=example.tolerance)
+
+
+@pytest.mark.slow
+def test_language_model_on_two_processes_ends_with_the_weights_of_its_plain_version() -> None:
+    [plain, moved], _ = run_ranks(
+        run_both, 2, "gpt", EXAMPLES["gpt"].arguments, timeout_seconds=TIMEOUT
+    )
+
+    assert score("gpt", moved[0]) == pytest.approx(score("gpt", plain[0]), abs=1e-4)
+    assert score("gpt", moved[0]) < EXAMPLES["gpt"].learnt
+    assert plain[1].keys() == moved[1].keys()
+    for key, tensor in plain[1].items():
+        torch.testing.assert_close(moved[1][key], tensor, rtol=0, atol=1e-5)
+
+
+def run_compiled_and_resumed() -> list[dict[str, Tensor]]:
+    """Both versions compiled; the plain one whole, and gone on with from its third step."""
+    compiled = [weights for _, weights in run_both("gpt", ("--steps=4", "--compile=aot_eager"))]
+    arguments = ("--steps=4", "--save-every=3")
+    _, whole = run_script("examples.plain.gpt", *arguments)
+    _, resumed = run_script("examples.plain.gpt", *arguments, "--resume")
+    return [*compiled, whole, resumed]
+
+
+@pytest.mark.slow
+def test_language_model_is_compiled_and_resumed_alike_in_plain_pytorch() -> None:
+    [[plain, moved, whole, resumed]] = run_ranks(
+        run_compiled_and_resumed, 1, timeout_seconds=TIMEOUT
+    )
+
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    for key, tensor in whole.items():
+        torch.testing.assert_close(plain[key], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(moved[key], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
