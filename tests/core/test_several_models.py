@@ -46,7 +46,8 @@ def data(num_samples: int = 4 * BATCHES) -> TensorDataset:
 def trainer(tmp_path: Path, **settings: Any) -> Trainer:
     """One that says nothing."""
     quiet = {"enable_progress_bar": False, "logger": False, "default_root_dir": tmp_path}
-    return Trainer(data=use("torch", batch_size=4), **{"max_epochs": 1, **quiet, **settings})
+    data = use("torch", batch_size=4)
+    return Trainer(**{"data": data, "max_epochs": 1, **quiet, **settings})
 
 
 def prepared(tmp_path: Path, **given: Any) -> TrainingRun:
@@ -209,6 +210,45 @@ def test_a_model_takes_part_in_a_whole_window_or_not_at_all(tmp_path: Path) -> N
     run = prepared(tmp_path, settings={"accumulate_grad_batches": 2})
     with pytest.raises(LoopError, match="b took part in one batch of an accumulation window"):
         _drive(run, odd_ones)
+
+
+def one_after_the_other(run: TrainingRun, batch: Any) -> None:
+    """Each is stepped before the backward of the next, which is cut off by detaching."""
+    hidden = run.models["a"](batch[0])
+    step(run, "a", hidden.square().mean())
+    step(run, "b", F.mse_loss(run.models["b"](hidden.detach()), batch[1]))
+
+
+def test_models_that_are_frozen_in_turn_are_stepped_inside_a_window(tmp_path: Path) -> None:
+    run = prepared(tmp_path, settings={"accumulate_grad_batches": 2})
+    _drive(run, step_both)
+
+    assert run.progress.step == 3  # of five batches
+
+
+def test_models_are_stepped_one_after_the_other_inside_a_window(tmp_path: Path) -> None:
+    ended = []
+    for accumulate, batch_size in ((2, 4), (1, 8)):
+        given = models()
+        settings = {
+            "accumulate_grad_batches": accumulate,
+            "data": use("torch", batch_size=batch_size, shuffle=False),
+        }
+        _drive(prepared(tmp_path, model=given, settings=settings), one_after_the_other)
+        ended.append([p for model in given.values() for p in model.parameters()])
+
+    for accumulated, whole in zip(*ended, strict=True):
+        torch.testing.assert_close(accumulated, whole)
+
+
+def test_a_gradient_left_in_a_model_that_waits_for_its_step_is_an_error(tmp_path: Path) -> None:
+    def around(run: TrainingRun, batch: Any) -> None:
+        step(run, "a", run.models["a"](batch[0]).mean())
+        step(run, "b", run.models["b"](run.models["a"](batch[0])).mean())
+
+    run = prepared(tmp_path, settings={"accumulate_grad_batches": 2})
+    with pytest.raises(LoopError, match="the loss of 'b' left gradients in 'a'"):
+        _drive(run, around)
 
 
 def test_saving_between_backward_and_step_of_a_model_is_an_error(tmp_path: Path) -> None:

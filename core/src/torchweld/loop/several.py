@@ -25,13 +25,23 @@ _UNUSED, _BACKWARD_BEGUN, _BACKWARD_DONE, _STEPPED = range(4)
 
 @dataclass
 class _Turn:
-    """What one model did with the running batch."""
+    """What one model did with the running batch.
+
+    Attributes:
+        waiting: its gradients after a step that only counted, in the first window after a border.
+    """
 
     name: str
     member: Member
     advance: Callable[[], Any]
     state: int = _STEPPED
     loss: Tensor | None = None
+    waiting: frozenset[tuple[int, int]] = frozenset()
+
+    def gradients(self) -> frozenset[tuple[int, int]]:
+        """Which gradients there are, and how often each was written to."""
+        parameters = (p for p in self.member.model.parameters() if p.requires_grad)
+        return frozenset((id(g), g._version) for p in parameters if (g := p.grad) is not None)
 
     @property
     def forward_is_bare(self) -> bool:
@@ -133,14 +143,18 @@ class SeveralLoop:
             raise LoopError(f"{what} was called without a new batch of run.batches()")
         if not (turn.member.handle.used or turn.forward_is_bare):
             raise LoopError(NOT_THE_RUNS_MODEL.replace("run.model", f"run.models[{turn.name!r}]"))
-        looks = self._own.begins_segment and self._own.is_first
         turn.state = _BACKWARD_BEGUN
         weight = self._own.weight
         turn.member.prepared.backward(loss if weight == 1.0 else loss * weight)
         turn.state = _BACKWARD_DONE
         turn.loss = loss.detach()
-        if looks:
+        if self._looks:
             self._check_others(turn)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the last batch is the one after a border in which gradients are looked at."""
+        return self._own.begins_segment and self._own.is_first
 
     def _check_others(self, turn: _Turn) -> None:
         """Refuse gradients that a loss left in another model; looked for once after each border.
@@ -150,8 +164,8 @@ class SeveralLoop:
         for other in self._turns.values():
             if other is turn or other.state in {_BACKWARD_BEGUN, _BACKWARD_DONE}:
                 continue
-            parameters = other.member.model.parameters()
-            if any(p.grad is not None and p.requires_grad for p in parameters):
+            own = other.waiting if other.state == _STEPPED else frozenset()
+            if other.gradients() - own:
                 raise LoopError(
                     f"the loss of {turn.name!r} left gradients in {other.name!r}, which would be "
                     f"added to its own: compute it under `with run.models[{turn.name!r}].alone():` "
@@ -165,6 +179,8 @@ class SeveralLoop:
                 "backward of this model before it: call each exactly once a batch"
             )
         turn.state = _STEPPED
+        if self._looks:
+            turn.waiting = frozenset() if self._own.is_last else turn.gradients()
         if self._own.is_last:
             turn.advance()
 
