@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -45,12 +47,20 @@ class Counter:
 
 @contextmanager
 def counting() -> Iterator[Counter]:
+    """Count, with no garbage collected meanwhile.
+
+    It would run the ``__del__``, weak references and ``gc.callbacks`` of whatever ran before in
+    this process, at moments that depend on it.
+    """
     counter = Counter()
+    gc.collect()
+    gc.disable()
     sys.setprofile(counter)
     try:
         yield counter
     finally:
         sys.setprofile(None)
+        gc.enable()
 
 
 def make_model() -> nn.Module:
@@ -79,12 +89,17 @@ def calls_by_hand(steps: int, accumulate: int) -> int:
 
 
 def calls_of(train: Callable[[int, int], None], accumulate: int) -> float:
-    """Calls a step above the loop by hand; the set-up cancels out between two lengths."""
-    counts = []
-    for steps in (STEPS, 2 * STEPS):
-        with counting() as counter:
-            train(steps, accumulate)
-        counts.append(counter.calls - calls_by_hand(steps, accumulate))
+    """Calls a step above the loop by hand; the set-up cancels out between two lengths.
+
+    Not that of the first runs in a process, which import and fill caches: in the first pair, which
+    is not taken, the difference is far off, thousands below zero, by what ran before.
+    """
+    for _ in range(2):
+        counts = []
+        for steps in (STEPS, 2 * STEPS):
+            with counting() as counter:
+                train(steps, accumulate)
+            counts.append(counter.calls - calls_by_hand(steps, accumulate))
     return (counts[1] - counts[0]) / STEPS
 
 
@@ -92,13 +107,20 @@ def arguments() -> dict[str, Any]:
     return {"loss": F.cross_entropy, "optimizer": partial(SGD, lr=0.1)}
 
 
-def fit(steps: int, accumulate: int, **settings: Any) -> None:
-    trainer = Trainer(max_epochs=1, accumulate_grad_batches=accumulate, **settings)
+def make_trainer(accumulate: int, folder: Path | None, settings: dict[str, Any]) -> Trainer:
+    """A run in a new folder: one that holds other runs costs calls to find a free name."""
+    if folder is not None:
+        settings = {**settings, "default_root_dir": mkdtemp(dir=folder)}
+    return Trainer(max_epochs=1, accumulate_grad_batches=accumulate, **settings)
+
+
+def fit(steps: int, accumulate: int, folder: Path | None = None, **settings: Any) -> None:
+    trainer = make_trainer(accumulate, folder, settings)
     trainer.fit(make_model(), make_loader(steps, accumulate), **arguments())
 
 
-def own_loop(steps: int, accumulate: int, **settings: Any) -> None:
-    trainer = Trainer(max_epochs=1, accumulate_grad_batches=accumulate, **settings)
+def own_loop(steps: int, accumulate: int, folder: Path | None = None, **settings: Any) -> None:
+    trainer = make_trainer(accumulate, folder, settings)
     with trainer.prepare(make_model(), make_loader(steps, accumulate), **arguments()) as run:
         read_batches(run)
 
@@ -114,9 +136,9 @@ def read_batches(run: TrainingRun) -> None:
 def test_a_batch_costs_few_calls_with_everything_on(
     train: Callable[..., None], accumulate: int, tmp_path: Path
 ) -> None:
-    extra = calls_of(partial(train, default_root_dir=tmp_path), accumulate)
+    extra = calls_of(partial(train, folder=tmp_path), accumulate)
 
-    assert extra / accumulate <= ALLOWED[train.__name__]
+    assert 0 < extra / accumulate <= ALLOWED[train.__name__], extra
 
 
 class _Kept:
@@ -138,20 +160,16 @@ def test_a_batch_costs_few_calls_with_every_callback_and_logger_on(
         ]  # fmt: skip
         train(
             steps, accumulate, callbacks=callbacks, logger=["tensorboard", "csv", _Kept()],
-            default_root_dir=tmp_path,
+            folder=tmp_path,
         )  # fmt: skip
-
-    calls_of(all_on, accumulate)  # imports are counted in the first call
 
     extra = calls_of(all_on, accumulate)
 
-    assert extra / accumulate <= ALLOWED[train.__name__]
+    assert 0 < extra / accumulate <= ALLOWED[train.__name__], extra
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_batch_costs_three_calls_with_everything_off(accumulate: int) -> None:
-    calls_of(partial(fit, barebones=True), accumulate)  # imports are counted in the first call
-
     extra = calls_of(partial(fit, barebones=True), accumulate)
 
-    assert extra / accumulate <= 3
+    assert 0 < extra / accumulate <= 3, extra

@@ -47,6 +47,7 @@ class CSVLogger:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        self._file = self.path  # made once: joining paths costs a dozen calls
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, float]] = []
 
@@ -57,22 +58,22 @@ class CSVLogger:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a row."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         row = {"step": step, **metrics}
         self._rows.append(row)
         new = [name for name in row if name not in self._columns]
-        self._columns += new
         if new:
-            self._write(self._rows, "w")
+            self._columns += new
+            self._write_anew()
         else:
-            self._write([row], "a")
+            with self._file.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerow([row.get(name, "") for name in self._columns])
 
-    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
-        with self.path.open(mode, encoding="utf-8", newline="") as file:
+    def _write_anew(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._file.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+            writer.writeheader()
+            writer.writerows(self._rows)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Write the run's hyper-parameters."""
