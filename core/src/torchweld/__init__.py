@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     )
     from torchweld.loop.loggers import CSVLogger, TensorBoardLogger
     from torchweld.loop.schedules import LRSchedule
-    from torchweld.trainer import Trainer, apply_surgery
+    from torchweld.setup.applying import apply_surgery
+    from torchweld.trainer import Trainer
 
 __all__ = [
     "Adapt",
@@ -55,7 +56,7 @@ _LAZY = {
     "TensorBoardLogger": "torchweld.loop.loggers",
     "Trainer": "torchweld.trainer",
     "Unfreeze": "torchweld.callbacks",
-    "apply_surgery": "torchweld.trainer",
+    "apply_surgery": "torchweld.setup.applying",
 }
 
 

@@ -8,15 +8,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
 from torchweld.components import CheckpointingOptions, Choice, CompileOptions, Settings
 from torchweld.errors import InvalidArgument
-from torchweld.interfaces import Parts, Result
+from torchweld.interfaces import Result
 from torchweld.loop.console import Console
 from torchweld.loop.metric_objects import as_metrics
-from torchweld.model.remaking import operate_all
 from torchweld.planning import auto_strategy, make_plan, per_unit
 from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
@@ -367,40 +363,3 @@ class Trainer:
         """The last run, if ``model`` means its model."""
         same = self._run is not None and (model is None or model is self._given_model)
         return self._run if same else None
-
-
-def apply_surgery(
-    model: nn.Module,
-    surgery: Choice | Sequence[Choice],
-    *,
-    allow: Sequence[str] = (),
-    registry: Registry | None = None,
-) -> nn.Module:
-    """Return ``model`` after surgeries, as a run with them would make it.
-
-    For loading exported weights: ``load_file`` fits the model that the same surgeries made.
-
-    Raises:
-        PlanError: the choices cannot be made together.
-        SurgeryError: one changes what it does not claim, and ``allow`` does not name it.
-    """
-    plan = make_plan(
-        registry if registry is not None else Registry.installed(),
-        strategy="single",
-        data="torch",
-        surgery=surgery,
-        facts={"world>1": False, **_ANY_TRAINING},  # nothing is trained, so any will do
-        allow=allow,
-    )
-    plan.raise_for_problems()
-    operations = [(chosen, chosen.make()) for chosen in plan.surgeries]
-    loss = torch.nn.functional.cross_entropy
-    return operate_all(Parts(model, loss), operations, plan).parts.model
-
-
-_ANY_TRAINING = {
-    "loss.visible": True,
-    "loss.accepts_soft_targets": True,
-    "loss.smooths": False,
-    "inputs.4d": True,
-}
