@@ -92,6 +92,7 @@ def test_core_asks_for_no_plugin_and_nothing_that_a_plugin_wraps(
         "pluggy",
         "safetensors",
         "tensorboard",
+        "tomli",  # on Python 3.10
         "torch",
         "tqdm",
     }

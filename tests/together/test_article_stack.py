@@ -6,6 +6,7 @@ shows them; nothing of torchweld. Every strategy has to end with its very bits.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -40,10 +41,10 @@ from torchweld.testing import run_ranks
 SECONDS = 200.0
 EPOCHS = 2
 DISTRIBUTED = [name for name in STRATEGIES if name != "single"]
-ALLOWED_CALLS = 16
+ALLOWED_CALLS = 14
 """Python calls a step that the stack may cost above Composer's objects called by hand.
 
-Counted: 7-8 under ``single``, 10 under ``ddp``, 14 under ``fsdp``, where inputs change format.
+Counted: 9 under ``single`` and ``ddp``, 13 under ``fsdp`` and ZeRO, where inputs change format.
 """
 
 
@@ -208,11 +209,14 @@ class Counter:
 
 def calls_of(train: Callable[[], object]) -> int:
     counter = Counter()
+    gc.collect()
+    gc.disable()  # it would run what is left of earlier tests, whenever it likes
     sys.setprofile(counter)
     try:
         train()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return counter.calls
 
 
@@ -308,8 +312,12 @@ def plain_step(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor]) -
 
 
 def _a_step(count: Callable[[int], int]) -> float:
-    """The set-up cancels out between two lengths."""
-    return (count(24) - count(8)) / 16
+    """The set-up cancels out between two lengths.
+
+    The least of three runs: the first one converts images, and each may wait for threads.
+    """
+    long, short = (min(count(steps) for _ in range(3)) for steps in (24, 8))
+    return (long - short) / 16
 
 
 @pytest.mark.slow
@@ -318,7 +326,7 @@ def test_the_stack_costs_few_python_calls_more_than_by_hand(cache: str) -> None:
 
     extra = {
         name: run_ranks(calls_of_the_stack, 1, name, cache, timeout_seconds=SECONDS)[0] - by_hand
-        for name in ("single", "ddp", "fsdp")
+        for name in ("single", "ddp", "fsdp", "deepspeed stage 2")
     }
 
     assert max(extra.values()) <= ALLOWED_CALLS, extra
