@@ -12,11 +12,12 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.core.copying import copying
 from tests.deepspeed.runs import SECONDS, decays_matrices
-from torchweld import Claims, Component, Trainer, use
+from torchweld import Trainer, use
 from torchweld.components import Settings
 from torchweld.errors import InvalidArgument
-from torchweld.interfaces import Parts, SetupRequest
+from torchweld.interfaces import SetupRequest
 from torchweld.model.parameters import make_groups
 from torchweld.processes.ranks import launch
 from torchweld.testing import models, run_ranks
@@ -112,24 +113,12 @@ def test_weights_are_refused_for_what_is_in_pieces() -> None:
 # ---- a surgery that copies weights ---------------------------------------------------------------
 
 
-class Copying:
-    """Puts a copy of the first layer in its place, as a surgery with better layers does."""
-
-    def apply(self, parts: Parts) -> Parts:
-        model: Any = parts.model
-        layer = nn.Linear(model[0].in_features, model[0].out_features, device="meta")
-        layer.weight = nn.Parameter(model[0].weight.detach().clone())
-        layer.bias = nn.Parameter(model[0].bias.detach().clone())
-        model[0] = layer
-        return parts
-
-
 def trained_with_copies(provides: str, zero_init: bool) -> tuple[str, float]:
     """What the plan or the error says, and the loss."""
-    claims = Claims(edits="model.modules", provides=provides or ())
-    surgery = Component("copying", "copies", Copying, claims=claims)
     strategy = use("deepspeed", stage=3, zero_init=zero_init)
-    trainer = Trainer(strategy=strategy, surgery=[surgery], max_steps=1, barebones=True, seed=2)
+    trainer = Trainer(
+        strategy=strategy, surgery=[copying(provides)], max_steps=1, barebones=True, seed=2
+    )
     data = DataLoader(TensorDataset(*models.features(4)), 4)
     try:
         result = trainer.fit(models.mlp, data, loss=F.cross_entropy, optimizer=partial(SGD, lr=0.1))

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.core.copying import copying
 from torchweld import Claims, Component, Rel, Trainer, use
 from torchweld.components import Settings
 from torchweld.errors import InvalidArgument, PlanError
-from torchweld.interfaces import Parts
 from torchweld.testing import models, run_ranks, spawn_ranks
 from torchweld_fsdp import FSDP, FsdpOptions
 from torchweld_fsdp.components import fsdp_claims
@@ -88,23 +88,9 @@ def test_a_surgery_that_needs_what_fsdp_lacks_is_refused_with_the_reason(token: 
 # ---- a surgery that copies weights ---------------------------------------------------------------
 
 
-class Copying:
-    """Puts a copy of the first layer in its place, as a surgery with better layers does."""
-
-    def apply(self, parts: Parts) -> Parts:
-        model: Any = parts.model
-        layer = nn.Linear(model[0].in_features, model[0].out_features, device="meta")
-        layer.weight = nn.Parameter(model[0].weight.detach().clone())
-        layer.bias = nn.Parameter(model[0].bias.detach().clone())
-        model[0] = layer
-        return parts
-
-
 def train_with_copies(provides: str) -> str:
     """Train a model given as a function; returns what it said and the problem there was."""
-    claims = Claims(edits="model.modules", provides=provides or ())
-    surgery = Component("copying", "copies", Copying, claims=claims)
-    trainer = Trainer(strategy="fsdp", surgery=[surgery], max_steps=1, barebones=True)
+    trainer = Trainer(strategy="fsdp", surgery=[copying(provides)], max_steps=1, barebones=True)
     data = DataLoader(TensorDataset(*models.features(4)), 4)
     optimizer = partial(SGD, lr=0.1)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from torchweld.model.names import named_parameters
 
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from torchweld.interfaces import ParamGroup, SetupRequest
+
+ELEMENTWISE: tuple[type[Optimizer], ...] = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.Rprop,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.ASGD,
+)
+"""What these do to an element depends on that element alone, so each rank can step its own."""
 
 
 class Gradients(Protocol):

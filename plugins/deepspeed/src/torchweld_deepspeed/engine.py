@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.model.names import canonical
 from torchweld.model.parameters import check_materialised
-from torchweld.strategies.optimizing import make_optimizer
+from torchweld.strategies.optimizing import ELEMENTWISE, make_optimizer
 from torchweld_deepspeed.config import fit_buckets
 from torchweld_deepspeed.imports import (
     deepspeed_at_work,
@@ -30,21 +30,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from torchweld.interfaces import Env, ParamGroup, SetupRequest
-
-ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.RMSprop,
-    optim.Rprop,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.ASGD,
-)
-"""What these do to an element depends on that element alone, so each rank can step its own."""
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,11 @@ from torch.distributed.tensor import DTensor
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import SetupRequest
 from torchweld.model.names import named_parameters
+from torchweld.strategies.optimizing import ELEMENTWISE
 from torchweld_fsdp.norms import clip_parts
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.RMSprop,
-    optim.Rprop,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.ASGD,
-)
-"""What these do to an element depends on that element alone, so each rank can step its own."""
 
 
 @dataclass(frozen=True)
