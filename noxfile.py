@@ -81,16 +81,8 @@ PEERS = ["lightning", "accelerate", "pytorch-ignite"]
 SITE = ["mkdocs==1.6.1"]
 # Metrics, a logger and models that users bring.
 BROUGHT = ["torchmetrics", "transformers==5.24.0", "wandb"]
-WITH_PLUGINS = [
-    *PYTEST,
-    *PEERS,
-    *SITE,
-    *BROUGHT,
-    "scikit-learn",
-    "hatchling>=1.24",
-    "mypy==2.4.1",
-    "types-tqdm",
-]
+WITH_PLUGIN = [*PYTEST, "scikit-learn", "hatchling>=1.24"]
+WITH_PLUGINS = [*WITH_PLUGIN, *PEERS, *SITE, *BROUGHT, "mypy==2.4.1", "types-tqdm"]
 # What never imports torch is tested on every Python that is supported and found.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCH_FREE = ["cli", "discovery", "docs", "options", "pages", "plan", "registry", "resolve"]
@@ -109,6 +101,7 @@ def prepare(
     name: str,
     requirements: Sequence[str],
     *,
+    torch: Sequence[str] = (),
     folders: Sequence[str] = (),
     python: str = sys.executable,
 ) -> str:
@@ -118,19 +111,32 @@ def prepare(
         session: the session that asks.
         name: of the environment; sessions that give the same one share it.
         requirements: what pip installs.
+        torch: requirements that are taken from an environment of their own, which this one sees
+            and all others that ask for the same: with CUDA's libraries torch takes 5 GB.
         folders: distributions of this repository; reinstalled when their metadata changes.
         python: the interpreter it is made of.
     """
     directory = ENVIRONMENTS / name
     projects = [(ROOT / folder / "pyproject.toml").read_text("utf-8") for folder in folders]
-    content = sha256("\n".join([python, *requirements, *projects]).encode()).hexdigest()
+    content = sha256("\n".join([python, *torch, *requirements, *projects]).encode()).hexdigest()
     stamp = directory / "installed"
     if not stamp.exists() or stamp.read_text("utf-8") != content:
-        session.log(f"installing {' '.join(requirements)} into {directory}")
+        beneath = prepare(session, torch[0].replace("==", "-"), torch) if torch else None
+        session.log(f"installing {' '.join([*torch, *requirements])} into {directory}")
         create_environment(directory, python)
-        session.run(str(directory / "bin" / "python"), *PIP, "install", *requirements)
+        if beneath:
+            add_packages(directory, Path(beneath).parents[1])
+        # torch is named again: pip keeps the one it sees, or says what cannot go with it.
+        session.run(str(directory / "bin" / "python"), *PIP, "install", *torch, *requirements)
         stamp.write_text(content, "utf-8")
     return str(directory / "bin" / "python")
+
+
+def add_packages(environment: Path, beneath: Path) -> None:
+    """Let an environment see what is installed in the one ``beneath``; its own come first."""
+    packages = sysconfig.get_path("purelib", "venv", {"base": str(beneath)})
+    own = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment)}))
+    (own / "beneath.pth").write_text(packages + "\n", "utf-8")
 
 
 def has_headers() -> bool:
@@ -167,12 +173,15 @@ def install_system_packages(session: nox.Session) -> None:
     session.run(*install, env=environment, external=True)
 
 
-def pins(plugins: Sequence[str]) -> list[str]:
-    """The libraries of ``plugins``, and the newest torch that goes with all of them."""
+def torch_for(plugins: Sequence[str]) -> list[str]:
+    """The newest torch that goes with all ``plugins``."""
     # ffcv's datasets are torchvision's, which needs the torch that it was made for.
-    both = {"composer", "ffcv"} & set(plugins)
-    torch = TORCH_WITH_COMPOSER if both else [NEWEST_TORCH]
-    return [*torch, *(library for name in plugins for library in LIBRARIES[name])]
+    return TORCH_WITH_COMPOSER if {"composer", "ffcv"} & set(plugins) else [NEWEST_TORCH]
+
+
+def libraries(plugins: Sequence[str]) -> list[str]:
+    """What ``plugins`` are made for, in the versions they are tested with."""
+    return [library for name in plugins for library in LIBRARIES[name]]
 
 
 def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
@@ -181,9 +190,10 @@ def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
         install_system_packages(session)
     folders = ["core", *(f"plugins/{name}" for name in plugins)]
     editable = [f"--editable={folder}" for folder in folders]
-    requirements = [*pins(plugins), *WITH_PLUGINS, *editable]
+    tools = WITH_PLUGIN if len(plugins) == 1 else WITH_PLUGINS
+    requirements = [*libraries(plugins), *tools, *editable]
     name = "-".join(["core", *plugins])
-    return prepare(session, name, requirements, folders=folders)
+    return prepare(session, name, requirements, torch=torch_for(plugins), folders=folders)
 
 
 def run_pytest(session: nox.Session, python: str, *arguments: str) -> None:
@@ -222,8 +232,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """Test core alone, without any plugin, on the newest torch."""
-    requirements = [NEWEST_TORCH, *PYTEST, "--editable=core"]
-    run_pytest(session, prepare(session, "core", requirements, folders=["core"]), "tests/core")
+    requirements = [*PYTEST, "--editable=core"]
+    python = prepare(session, "core", requirements, torch=torch_for([]), folders=["core"])
+    run_pytest(session, python, "tests/core")
 
 
 @nox.session
@@ -279,19 +290,19 @@ def build(session: nox.Session) -> None:
     session.env["TORCHWELD_WHEELS"] = str(dist)
     run_pytest(session, python, "tests/packaging")
     core_wheel = next(dist.glob("torchweld-*.whl"))
-    install_alone(session, "core", [NEWEST_TORCH], [core_wheel])
+    install_alone(session, [], [core_wheel])
     for name in PLUGINS:
         wheel = next(dist.glob(f"torchweld_{name}-*.whl"))
-        install_alone(session, name, pins([name]), [core_wheel, wheel])
+        install_alone(session, [name], [core_wheel, wheel])
 
 
-def install_alone(
-    session: nox.Session, name: str, pins: Sequence[str], wheels: Sequence[Path]
-) -> None:
-    """Install wheels and what they ask for into an empty environment, and start them."""
+def install_alone(session: nox.Session, plugins: Sequence[str], wheels: Sequence[Path]) -> None:
+    """Install wheels and what they ask for into an environment with torch alone, and start them."""
     paths = [str(wheel) for wheel in wheels]
-    folders = ["core"] if name == "core" else ["core", f"plugins/{name}"]
-    python = prepare(session, f"wheel-{name}", [*pins, *paths], folders=folders)
+    folders = ["core", *(f"plugins/{name}" for name in plugins)]
+    name = "-".join(["wheel", *(plugins or ["core"])])
+    requirements = [*libraries(plugins), *paths]
+    python = prepare(session, name, requirements, torch=torch_for(plugins), folders=folders)
     # The environment may be an older one: what the wheels ask for is in it, their code is replaced.
     session.run(python, *PIP, "install", "--no-deps", "--force-reinstall", *paths)
     session.run(python, *PIP, "check")
