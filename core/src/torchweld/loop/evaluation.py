@@ -15,7 +15,6 @@ from torchweld import rng
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.loop.metric_objects import computed
 from torchweld.model.facts import check_counts, named_loss
-from torchweld.nesting import move
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, Metric
@@ -235,27 +234,3 @@ def check_pair(batch: Sequence[Any]) -> None:
             f"a batch is a {type(batch).__name__} of {len(batch)} items: evaluation knows pairs "
             "(inputs, targets) and mappings; give eval_step=(run, batch) -> (outputs, targets)"
         )
-
-
-def bind_transform(
-    device: torch.device, on_device: bool, transforms: tuple[Callable[[Any], Any], ...]
-) -> Callable[[Any], Any] | None:
-    """Return what brings a batch to the device and through the input transforms, None for nothing.
-
-    Input transforms see ``inputs`` of a pair, or a whole mapping.
-    """
-    moves = device.type != "cpu" and not on_device
-    if not moves and not transforms:
-        return None
-
-    def transform(batch: Any) -> Any:
-        if moves:
-            batch = move(batch, device)
-        for change in transforms:
-            if isinstance(batch, (tuple, list)):
-                batch = (change(batch[0]), *batch[1:])
-            else:
-                batch = change(batch)
-        return batch
-
-    return transform

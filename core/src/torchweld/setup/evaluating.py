@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torchweld.errors import InvalidArgument
 from torchweld.loop.averages import averaged, check_weights
 from torchweld.loop.console import Console
-from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform
+from torchweld.loop.evaluation import Evaluator, bind_forward
 from torchweld.loop.handle import Handle
 from torchweld.loop.metric_objects import check_metrics
+from torchweld.loop.placing import bind_transform
 from torchweld.model.facts import wants_channels_last
 from torchweld.setup.loading import evaluation_loader
 from torchweld.setup.requests import FitRequest, check_functions, check_metric_names

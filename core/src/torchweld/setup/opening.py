@@ -23,6 +23,7 @@ from torchweld.loop.computing import (
     with_names,
 )
 from torchweld.loop.evaluation import check_pair
+from torchweld.loop.placing import bind_transform
 from torchweld.loop.run import TrainingRun
 from torchweld.loop.saving import check_savable, find_checkpoint, restore_run
 from torchweld.model.facts import batch_facts, try_first_batch
@@ -103,7 +104,11 @@ def _bind(run: TrainingRun, request: FitRequest) -> None:
             evaluator=evaluator,
         )
     )
-    wiring.feed.transform = _train_transform(evaluator.transform, parts.batch_transforms)
+    feed, device = wiring.feed, wiring.ranks.env.device
+    on_device = getattr(feed.loader, "on_device", False)
+    feed.transform = bind_transform(
+        device, on_device, parts.input_transforms, parts.batch_transforms
+    )
 
 
 def _start_training(wiring: Wiring) -> None:
@@ -116,21 +121,6 @@ def _start_training(wiring: Wiring) -> None:
         names = ", ".join(name or "the model itself" for name, _ in frozen[:3])
         more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         wiring.console.say(f"in evaluation while training, as given: {names}{more}")
-
-
-def _train_transform(
-    base: Callable[[Any], Any] | None, transforms: tuple[Callable[[Any], Any], ...]
-) -> Callable[[Any], Any] | None:
-    steps = (base, *transforms) if base is not None else transforms
-    if len(steps) < 2:
-        return steps[0] if steps else None
-
-    def transform(batch: Any) -> Any:
-        for change in steps:
-            batch = change(batch)
-        return batch
-
-    return transform
 
 
 def _monitored(wiring: Wiring) -> tuple[str, str] | None:

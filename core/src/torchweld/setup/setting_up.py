@@ -14,11 +14,12 @@ from torchweld.data.repeated import RepeatedLoader
 from torchweld.errors import InvalidArgument, PlanError, RunError
 from torchweld.interfaces import Parts, SetupRequest
 from torchweld.loop.console import Console
-from torchweld.loop.evaluation import Evaluator, bind_forward, bind_transform
+from torchweld.loop.evaluation import Evaluator, bind_forward
 from torchweld.loop.feed import Feed
 from torchweld.loop.handle import Handle
 from torchweld.loop.loggers import make_loggers
 from torchweld.loop.metric_objects import check_metrics
+from torchweld.loop.placing import bind_transform
 from torchweld.loop.recorder import Recorder
 from torchweld.loop.schedules import Schedule, make_schedule
 from torchweld.loop.wiring import Wiring, needs_closure

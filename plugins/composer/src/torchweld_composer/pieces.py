@@ -37,7 +37,7 @@ class BatchPiece:
         actions = self._first
         if self._counts and not driver.clock.micro_batch():
             actions = self._later
-        driver.state.batch = own_container(batch)
+        driver.state.batch = batch if type(batch) is tuple else own_container(batch)
         for act in actions:
             act()
         return driver.state.batch
@@ -64,7 +64,13 @@ class TargetPiece:
         if self._copies and isinstance(targets, torch.Tensor) and targets.dim() > 2:
             targets = targets.clone()
         state.outputs = outputs
-        state.batch = with_targets(state.batch, targets, self._key)
+        batch = state.batch
+        # The usual pair, in every step: the general way costs six Python calls.
+        pair = isinstance(targets, torch.Tensor) and isinstance(batch, (tuple, list))
+        if pair:
+            state.batch = (batch[0] if batch else None, targets)
+        else:
+            state.batch = with_targets(batch, targets, self._key)
         for act in self._actions:
             act()
         if state.outputs is not outputs:
@@ -72,7 +78,7 @@ class TargetPiece:
                 f"{self.driver.role.name} replaced the outputs of the model, which a torchweld "
                 "surgery cannot; change them in a module of the model instead"
             )
-        return targets_of(state.batch, targets, self._key)
+        return state.batch[1] if pair else targets_of(state.batch, targets, self._key)
 
 
 class LossPiece:

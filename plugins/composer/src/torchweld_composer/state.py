@@ -119,10 +119,22 @@ class AlgorithmState:
         total = self.clock.total_steps
         return None if total is None else self._time(self.clock.step / total, "dur")
 
+    # Composer's helpers ask of every key what kind it is, in 71 Python calls a step of the four
+    # named algorithms. What they do with a number and a tuple or list is said here at once.
+
     def batch_get_item(self, key: Any) -> Any:
         """Item ``key`` of the batch."""
-        return self._get(self.batch, key)
+        batch = self.batch
+        if type(key) is int and type(batch) in {tuple, list}:
+            return batch[key]
+        return self._get(batch, key)
 
     def batch_set_item(self, key: Any, value: Any) -> None:
         """Put ``value`` under ``key`` into the batch."""
-        self.batch = self._set(self.batch, key=key, value=value)
+        batch = self.batch
+        if type(key) is int and type(batch) in {tuple, list}:
+            items = list(batch) if type(batch) is tuple else batch
+            items[key] = value
+            self.batch = tuple(items) if type(batch) is tuple else items
+        else:
+            self.batch = self._set(batch, key=key, value=value)

@@ -84,11 +84,7 @@ class ToChannelsLast:
     def __call__(self, inputs: Any) -> Any:
         """Return ``inputs``, with those tensors as they are that have the format."""
         if isinstance(inputs, Tensor):  # every step: a walk over containers costs five calls
-            return _as_channels_last(inputs)
-        return map_tensors(inputs, _as_channels_last)
-
-
-def _as_channels_last(tensor: Tensor) -> Tensor:
-    if tensor.dim() != 4 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(memory_format=torch.channels_last)
+            if inputs.dim() != 4 or not inputs.is_floating_point():
+                return inputs
+            return inputs.to(memory_format=torch.channels_last)
+        return map_tensors(inputs, self)
