@@ -58,7 +58,9 @@ class ProfilerWindow:
 
     def next_due(self, progress: Progress) -> int | None:
         """Where the window begins, then where it ends."""
-        return next((mark for mark in (self.start, self.stop) if mark > progress.step), None)
+        if progress.step < self.start:
+            return self.start
+        return self.stop if progress.step < self.stop else None
 
     def at(self, border: Border, run: Run) -> None:
         """Begin or end the window."""

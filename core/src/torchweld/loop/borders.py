@@ -41,11 +41,12 @@ class Borders:
         self.saver = BesideSaver()
         timers = [c for c in run.wiring.callbacks if isinstance(c, Timer)]
         self._timer = timers[0] if timers else None
-        self._marks: set[int] = set()
+        self._marks: set[int | None] = set()
         self._since = time.monotonic()
         self._validated_at: int | None = None
         self._reduced_at = run.position.step
         self._extra = [c for c in run.wiring.callbacks if hasattr(c, "extra_metrics")]
+        self._due = [c.next_due for c in run.wiring.callbacks if hasattr(c, "next_due")]
         self._watch = TrainableWatch(run.wiring.prepared.named_parameters())
         self._finished = self._warned = False
 
@@ -59,9 +60,8 @@ class Borders:
     def marks(self) -> list[int | None]:
         """The next steps at which callbacks, or the bar, want a border."""
         progress = self._run.progress
-        callbacks = (c for c in self._wiring.callbacks if hasattr(c, "next_due"))
-        due = [c.next_due(progress) for c in callbacks]
-        self._marks = {mark for mark in due if mark is not None}
+        due = [next_due(progress) for next_due in self._due]
+        self._marks = {*due, None}
         return [*due, self._wiring.console.next_refresh(progress.step)]
 
     def work(self, *, weighed: bool) -> None:
@@ -74,7 +74,8 @@ class Borders:
         kinds = self._kinds()
         if kinds:
             self._agree(kinds)
-        self._wiring.console.refresh(self._run.progress, self.metrics)
+        if self._wiring.console.moves:
+            self._wiring.console.refresh(self._run.progress, self.metrics)
 
     def _fold_losses(self, *, weighed: bool) -> None:
         recorder, feed = self._wiring.recorder, self._wiring.feed

@@ -26,12 +26,15 @@ class Console:
         speaks: whether this rank prints at all.
         quiet: print warnings only.
         bar: show a moving bar, where the output is a terminal.
+
+    Attributes:
+        moves: whether there is a bar to be refreshed.
     """
 
     def __init__(self, *, speaks: bool, quiet: bool = False, bar: bool = True) -> None:
         self._speaks, self._quiet = speaks, quiet or not speaks
         self._wants_bar = bar and not self._quiet
-        self._moves = self._wants_bar and sys.stderr.isatty()
+        self.moves = self._wants_bar and sys.stderr.isatty()
         self._held: list[str] | None = []  # lines of the set-up, until the first line is known
         self._bar: tqdm[Any] | None = None
         self._table: Timetable | None = None
@@ -71,18 +74,16 @@ class Console:
 
     def next_refresh(self, step: int) -> int | None:
         """The step at which the bar should move next; None where there is none to move."""
-        if not self._moves:
+        if not self.moves:
             return None
         return step + max(1, int(self._rate * _REFRESH_SECONDS))
 
     def refresh(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Move the bar to ``progress``."""
+        """Move the bar to ``progress``, where it moves."""
         now, (then, step) = time.monotonic(), self._last
         if progress.step > step and now > then:
             self._rate = (progress.step - step) / (now - then)
         self._last = (now, progress.step)
-        if not self._moves:
-            return
         if self._bar is None:
             self._bar = tqdm(
                 total=progress.steps_per_epoch, leave=False, unit="step", dynamic_ncols=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torchweld.model.methods import in_place_of_forward, method_of
@@ -23,9 +24,13 @@ NOT_THE_RUNS_MODEL = (
 class Handle:
     """Calling it is the prepared forward: in evaluation the one for evaluation.
 
+    Where that is the module itself, calling this calls the module at once: ``__call__`` is found by
+    C code, and costs no Python call a batch.
+
     Attributes:
         others: the other models of the run.
-        used: whether it was called since somebody set this to False.
+        used: whether it was called since somebody set this to False; not kept where the prepared
+            forward is the module itself, so that it makes no difference.
         backward: of the run, for this model; bound when there is a run.
         step: likewise.
     """
@@ -34,13 +39,18 @@ class Handle:
     step: Callable[[], None]
 
     def __init__(self, prepared: Prepared, model: nn.Module) -> None:
-        self._forward = prepared.forward
         self._prepared, self._model = prepared, model
         self.others: Sequence[Handle] = ()
         self.used = False
+        self._use(prepared.forward)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the forward of the mode that the model is in."""
+    __call__ = property(attrgetter("_call"), doc="The forward of the mode that the model is in.")
+
+    def _use(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._call = self._noted if forward is not self._model else forward
+
+    def _noted(self, *args: Any, **kwargs: Any) -> Any:
         self.used = True
         return self._forward(*args, **kwargs)
 
@@ -64,7 +74,7 @@ class Handle:
     def mode(self, train: bool) -> None:
         """Switch between training and evaluation; every rank must call it."""
         self._prepared.mode(train)
-        self._forward = self._prepared.forward if train else self._prepared.evaluate
+        self._use(self._prepared.forward if train else self._prepared.evaluate)
 
     @property
     def optimizer(self) -> Optimizer | None:

@@ -2,11 +2,18 @@
 
 Without the guard each of these trains wrongly without a word, by 1e-3 to 1e-2 in a step, or lets
 ranks drift apart: a second step for a batch, none, a step without a backward, a batch left out.
+
+Between two borders batches come from iterators of ``itertools`` alone, so that reading one is no
+Python call. How many were read is asked of one of these iterators when the next backward begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from operator import itemgetter, length_hint
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import LoopError
@@ -18,12 +25,21 @@ if TYPE_CHECKING:
 
     from torchweld.loop.run import TrainingRun
 
-_STEPPED, _HANDED_OUT, _BACKWARD_BEGUN, _BACKWARD_DONE = range(4)
-_END = object()
+_STEPPED, _BACKWARD_BEGUN, _BACKWARD_DONE = range(3)
 _FAILED = (
     "run.backward(loss) failed and left a part of its gradients, which would be added to the next: "
     "the run cannot go on after it"
 )
+_NOT_USED = (
+    "the last batch was handed out and not used: every batch needs run.backward(loss) and "
+    "run.step() before the next one is read (a prefetcher around run.batches(), a `continue` or a "
+    "`break` before them leaves one out)"
+)
+_NOT_STEPPED = (
+    "run.step() is missing after run.backward(loss): call it once for every batch, also inside an "
+    "accumulation window, where it only counts"
+)
+_batch_of = itemgetter(1)
 
 
 class OwnLoop:
@@ -41,13 +57,18 @@ class OwnLoop:
         self._backward, self._advance = backward, advance
         self._losses = run.wiring.recorder.losses
         self._handle, self._bare = run.wiring.handle, run.wiring.forward_is_bare
+        self._window = run.wiring.prepared.window
+        self._endless = run.wiring.feed.num_batches is None
+        self._told = False  # whether the strategy knows of the next micro-batch
         self._segment: Segment | None = None
-        self._left = 0  # batches until the next border
+        self._left = 0  # batches until the next border that had no step yet
         self._size = 1  # micro-batches of the running window
         self._place = 0  # of the next batch in it
         self._weight = 1.0  # of the loss of the last batch
         self._state = _STEPPED
-        self._iterating: Generator[Any, None, None] | None = None
+        self._gate, self._ticks = iter(range(0)), iter(range(0))
+        self._unread = partial(length_hint, self._ticks)
+        self._runs: Generator[Iterable[Any], None, None] | None = None
 
     @property
     def in_window(self) -> bool:
@@ -80,38 +101,64 @@ class OwnLoop:
         Raises:
             LoopError: the batch before was not used with exactly one backward and one step.
         """
-        if self._iterating is not None:
-            self._iterating.close()
-        self._iterating = self._hand_out()
-        return self._iterating
+        self.interrupt()
+        self.check_used()
+        self._count_from_here()
+        self._runs = self._in_runs()
+        return chain.from_iterable(self._runs)
 
-    def _hand_out(self) -> Generator[Any, None, None]:
-        window, feed = self._run.wiring.prepared.window, self._run.wiring.feed
-        endless = feed.num_batches is None
-        entered = True
+    def interrupt(self) -> None:
+        """Let the iterator that was handed out last hand out nothing more."""
+        if self._runs is not None:
+            self._runs.close()
+        deque(self._gate, maxlen=0)
+
+    def _in_runs(self) -> Generator[Iterable[Any], None, None]:
+        """Runs of batches, with nothing to do here between two batches of one."""
+        feed = self._run.wiring.feed
+        self._told = False
         try:
-            self._check_stepped()
-            while self._left or self._open_segment():
-                last_place = self._size - 1
-                if window is not None and (entered or self._place in {0, last_place}):
-                    window(self._place == last_place, self._size)
-                entered = False
-                if self._segment.last:  # type: ignore[union-attr]  # open by the loop's condition
+            while self._goes_on():
+                if not self._told:
+                    self._tell()
+                if self._segment.last:  # type: ignore[union-attr]  # open while there are batches
                     batch, self._weight = feed.next_weighed(self._run.weigher.weigh)
-                else:
-                    batch = next(feed.batches, _END)
-                    if batch is _END:
-                        raise feed.short_error()
-                self._state, self._handle.used = _HANDED_OUT, False
-                yield batch
-                if self._state != _STEPPED:
-                    self._check_stepped()
-                if endless and self._place == 0 and feed.epoch > self._run.position.epoch:
-                    self._left = 0
+                    yield self._guarded([batch], 1)
+                    self.check_used()
+                    continue
+                # Without a length the end of an epoch is looked for after each window.
+                length = self._size - self._place if self._endless else self._left
+                before = self._unread()
+                yield self._guarded(feed.batches, length)
+                self.check_used()
+                if before - self._unread() < length:
+                    raise feed.short_error()
         finally:
             # Left inside a window: what is done outside of it is synchronised again.
-            if window is not None:
-                window(True, self._size)
+            if self._window is not None:
+                self._window(True, self._size)
+
+    def _goes_on(self) -> bool:
+        """Whether there is another batch; does the work of the border that was reached."""
+        if self._endless and self._place == 0:
+            self._told = False
+            if self._run.wiring.feed.epoch > self._run.position.epoch:
+                self._left = 0
+        return self._left > 0 or self._open_segment()
+
+    def _tell(self) -> None:
+        """Tell the strategy of the next micro-batch, before its forward."""
+        self._told = True
+        if self._window is not None:
+            self._window(self._place == self._size - 1, self._size)
+
+    def _guarded(self, batches: Iterable[Any], length: int) -> Iterator[Any]:
+        """Batches that are counted; none is read once the gate is closed."""
+        return islice(map(_batch_of, zip(self._gate, batches, self._ticks, strict=False)), length)
+
+    def _count_from_here(self) -> None:
+        self._gate, self._ticks = iter(range(self._left)), iter(range(self._left))
+        self._unread = partial(length_hint, self._ticks)
 
     def _open_segment(self) -> bool:
         """Do the work of the border that was reached, then open the next segment, if any."""
@@ -121,7 +168,8 @@ class OwnLoop:
             return False
         self._size = self._segment.size
         self._left = self._segment.num_steps * self._size
-        self._weight = 1.0
+        self._weight, self._told = 1.0, False
+        self._count_from_here()
         self._run.weigher.restart()
         return True
 
@@ -130,20 +178,18 @@ class OwnLoop:
             weighed, self._segment, self._left = self._segment.last, None, 0
             self._run.borders.work(weighed=weighed)
 
-    def _check_stepped(self) -> None:
-        if self._state == _HANDED_OUT:
-            raise LoopError(
-                "the last batch was handed out and not used: every batch needs run.backward(loss) "
-                "and run.step() before the next one is read (a prefetcher around run.batches(), a "
-                "`continue` or a `break` before them leaves one out)"
-            )
+    def check_used(self) -> None:
+        """Refuse to go on without a step for each batch that was handed out.
+
+        Raises:
+            LoopError: one was not used, or not to its end.
+        """
         if self._state == _BACKWARD_BEGUN:
             raise LoopError(_FAILED)
         if self._state == _BACKWARD_DONE:
-            raise LoopError(
-                "run.step() is missing after run.backward(loss): call it once for every batch, "
-                "also inside an accumulation window, where it only counts"
-            )
+            raise LoopError(_NOT_STEPPED)
+        if self._unread() < self._left:
+            raise LoopError(_NOT_USED)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one batch, scaled by the window.
@@ -151,7 +197,7 @@ class OwnLoop:
         Raises:
             LoopError: there is no batch, or it had its backward already.
         """
-        if self._state != _HANDED_OUT:
+        if self._state != _STEPPED or self._left - self._unread() != 1:
             raise LoopError(self._wrong_backward())
         if not (self._handle.used or self._bare):
             raise LoopError(NOT_THE_RUNS_MODEL)
@@ -161,10 +207,14 @@ class OwnLoop:
         self._losses.append(loss.detach())
 
     def _wrong_backward(self) -> str:
+        waiting = self._left - self._unread()
         if self._state == _BACKWARD_BEGUN:
             return _FAILED
         if self._state == _BACKWARD_DONE:
-            return "run.backward(loss) was called twice for one batch: add the losses up before it"
+            again = "run.backward(loss) was called twice for one batch: add the losses up before it"
+            return again if waiting == 1 else _NOT_STEPPED
+        if waiting > 0:
+            return _NOT_USED
         return "run.backward(loss) was called without a new batch of run.batches()"
 
     def step(self) -> None:
@@ -178,17 +228,21 @@ class OwnLoop:
                 "run.step() was called twice for one batch, or without run.backward(loss) before "
                 "it: call each exactly once a batch"
             )
-        self._state = _STEPPED
+        self._state, self._handle.used = _STEPPED, False
         self._left -= 1
         self._place += 1
         if self._place == self._size:
             self._place = 0
             self._advance()
-            position, feed = self._run.position, self._run.wiring.feed
+            position = self._run.position
             position.step += 1
             position.steps_in_epoch += 1
-            known = feed.num_batches is not None
-            position.batch = position.batch + self._size if known else feed.batch
+            if self._endless:
+                position.batch = self._run.wiring.feed.batch
+                return  # the next window may be of another epoch: the strategy is told there
+            position.batch += self._size
+        if self._window is not None and self._left and self._place in {0, self._size - 1}:
+            self._window(self._place == self._size - 1, self._size)
 
     def close(self) -> None:
         """End the iteration; the border that was reached, if any, is worked off.
@@ -196,10 +250,9 @@ class OwnLoop:
         Raises:
             LoopError: the last batch had its backward and not its step.
         """
-        if self._iterating is not None:
-            self._iterating.close()
+        self.interrupt()
         if self._state == _BACKWARD_DONE:
-            self._check_stepped()
+            raise LoopError(_NOT_STEPPED)
         del self._run.weigher.seen[len(self._losses) :]  # of a batch that was read and not used
         if self._place:
             self._run.wiring.console.warn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,11 +41,6 @@ class _Turn:
         """Which gradients there are, and how often each was written to."""
         parameters = (p for p in self.member.model.parameters() if p.requires_grad)
         return frozenset((id(g), g._version) for p in parameters if (g := p.grad) is not None)
-
-    @property
-    def forward_is_bare(self) -> bool:
-        """Whether calling the user's module is the same as calling the handle."""
-        return self.member.prepared.forward is self.member.model
 
 
 class SeveralLoop:
@@ -95,13 +89,16 @@ class SeveralLoop:
         return self._iterating
 
     def _hand_out(self) -> Generator[Any, None, None]:
-        with closing(self._own.batches()) as batches:  # type: ignore[type-var]  # a generator
-            for batch in batches:
+        try:
+            for batch in self._own.batches():
                 self._is_open = True
                 for turn in self._turns.values():
                     turn.state, turn.member.handle.used = _UNUSED, False
                 yield batch
                 self._settle()
+                self._own.check_used()
+        finally:
+            self._own.interrupt()
 
     # ---- of the only trained model -------------------------------------------------------------
 
@@ -141,7 +138,7 @@ class SeveralLoop:
             )
         if turn.state == _STEPPED:
             raise LoopError(f"{what} was called without a new batch of run.batches()")
-        if not (turn.member.handle.used or turn.forward_is_bare):
+        if not (turn.member.handle.used or turn.member.forward_is_bare):
             raise LoopError(NOT_THE_RUNS_MODEL.replace("run.model", f"run.models[{turn.name!r}]"))
         turn.state = _BACKWARD_BEGUN
         weight = self._own.weight
@@ -199,7 +196,7 @@ class SeveralLoop:
                 )
         used = {name: turn for name, turn in self._turns.items() if turn.state == _STEPPED}
         if not used:
-            return  # the loop underneath refuses to go on
+            return  # the loop underneath refuses to read another
         self._check_window(set(used))
         self._is_open = False
         losses = {name: turn.loss for name, turn in used.items() if turn.loss is not None}

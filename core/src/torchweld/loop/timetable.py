@@ -60,13 +60,13 @@ class Timetable:
             limits.append(self.max_epochs * per_epoch + self.shift)
         return min(limits) if limits else None
 
-    @property
+    @cached_property
     def last_window(self) -> int:
         """Micro-batches in the last window of an epoch of known length."""
         assert self.batches_per_epoch is not None
         return self.batches_per_epoch - (self.steps_per_epoch_known - 1) * self.accumulate
 
-    @property
+    @cached_property
     def steps_per_epoch_known(self) -> int:
         """``steps_per_epoch`` where the length is known."""
         assert self.steps_per_epoch is not None
@@ -103,16 +103,12 @@ class Timetable:
 
     def next_due(self, step: int, others: Iterable[int | None]) -> int:
         """The next step after ``step`` at which something is due."""
-        marks = [_next(step, LONGEST_SEGMENT)]
-        marks += [_next(step, every) for every in (self.log_every, self.val_every_steps) if every]
+        marks = [mark for mark in others if mark is not None and mark > step]
+        periods = LONGEST_SEGMENT, self.log_every, self.val_every_steps
+        marks += [(step // every + 1) * every for every in periods if every]
         if self.total_steps is not None:
             marks.append(self.total_steps)
-        marks += [mark for mark in others if mark is not None and mark > step]
         return min(marks)
-
-
-def _next(step: int, every: int) -> int:
-    return (step // every + 1) * every
 
 
 class Segment(NamedTuple):

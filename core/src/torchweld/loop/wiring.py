@@ -61,6 +61,11 @@ class Member:
         """Whether it has an optimizer; without one it is frozen and stays in evaluation."""
         return self.prepared.optimizer is not None
 
+    @property
+    def forward_is_bare(self) -> bool:
+        """Whether calling the user's module is the same as calling the handle."""
+        return self.prepared.forward is self.model
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -124,12 +129,14 @@ class Wiring:
         trained = {name: member for name, member in self.members.items() if member.trains}
         return {f"lr/{name}": member.prepared.optimizer for name, member in trained.items()}
 
-    @property
+    @cached_property
     def forward_is_bare(self) -> bool:
         """Whether calling the user's module is the same as calling ``run.model``."""
+        if self.members:
+            return all(m.forward_is_bare for m in self.members.values() if m.trains)
         return self.prepared.forward is self.model
 
-    @property
+    @cached_property
     def schedules(self) -> list[Schedule]:
         """Of all models."""
         every = [self.schedule, *(member.schedule for member in self.members.values())]

@@ -27,21 +27,14 @@ class Ranks:
 
     Attributes:
         env: rank, world size, device, and the process group once there is one.
+        rank: this process.
+        world_size: how many processes there are.
     """
 
     def __init__(self, env: Env, channel: Channel | None = None) -> None:
         self.env = env
+        self.rank, self.world_size = env.rank, env.world_size
         self._channel = channel if channel is not None else Channel(env.rank, env.world_size)
-
-    @property
-    def rank(self) -> int:
-        """This process."""
-        return self.env.rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes there are."""
-        return self.env.world_size
 
     def exchange(self, label: str, text: str) -> list[str]:
         """Give ``text`` to all ranks and return everybody's; see :meth:`Channel.exchange`."""
