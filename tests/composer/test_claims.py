@@ -23,6 +23,7 @@ FACTS = {
     "model.conv": True,
     "model.batchnorm": False,
     "inputs.4d": True,
+    "targets.ignored": False,
     "device.cuda": False,
 }
 
@@ -90,6 +91,8 @@ def test_channels_last_becomes_inputs_only_where_weights_have_no_strides() -> No
         ("label_smoothing", {"loss.visible": False}, "TW301"),
         ("label_smoothing", {"loss.accepts_soft_targets": False}, "TW301"),
         ("label_smoothing", {"loss.smooths": True}, "TW302"),
+        ("label_smoothing", {"targets.ignored": True}, "TW302"),
+        ("cutmix", {"targets.ignored": True}, "TW302"),
     ],
 )
 def test_a_fact_that_would_break_it_is_an_error(
@@ -124,9 +127,30 @@ def test_two_label_smoothings_are_refused() -> None:
     assert "TW302" in codes(plan)
 
 
-def test_blurpool_is_refused_where_weights_are_cast() -> None:
-    assert codes(plan_of("blurpool", precision="bf16-true")) == ["TW301"]
+CASTS_WEIGHTS_ALONE = Component(
+    name="halves", summary="casts parameters, no buffers", build="nothing:here", claims=Claims()
+)
+
+
+def test_blurpool_is_refused_where_weights_are_cast_alone() -> None:
+    alone = plan_of("blurpool", strategy=CASTS_WEIGHTS_ALONE, precision="bf16-true")
+    assert codes(alone) == ["TW301"]
+    # ``single`` casts the filters as well.
+    assert codes(plan_of("blurpool", precision="bf16-true")) == []
     assert codes(plan_of("blurpool", precision="bf16")) == []
+
+
+@pytest.mark.filterwarnings("ignore:SWA has known issues")
+def test_two_averages_are_ordered_and_warned_about() -> None:
+    ema = algorithm("EMA", half_life="1ba")
+    swa = algorithm("SWA", swa_start="0.3dur", swa_end="0.8dur", update_interval="1ba")
+
+    for listing in ((ema, swa), (swa, ema)):
+        plan = plan_of(*listing)
+
+        assert codes(plan) == []
+        assert codes(plan, "warning") == ["TW302"]
+        assert order(plan) == ["ema", "swa"]
 
 
 @pytest.mark.filterwarnings("ignore:GyroDropout is not implemented")
@@ -139,6 +163,49 @@ def test_gyro_dropout_is_refused_where_weights_are_cast() -> None:
 
 def test_blurpool_under_compile_is_a_warning() -> None:
     assert codes(plan_of("blurpool", compile=True), "warning") == ["TW302"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ProgressiveResizing", {}),
+        ("SeqLengthWarmup", {"duration": 0.5, "min_seq_length": 4, "max_seq_length": 16}),
+    ],
+)
+def test_sizes_that_change_under_compile_are_a_warning(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    obj = algorithm(name, **arguments)
+
+    assert codes(plan_of(obj, compile=True)) == []
+    assert codes(plan_of(obj, compile=True), "warning") == ["TW302"]
+    assert codes(plan_of(obj), "warning") == []
+
+
+@pytest.mark.filterwarnings("ignore:SAM has known issues")
+def test_sam_under_loss_scaling_is_refused() -> None:
+    assert codes(plan_of(algorithm("SAM"), precision="16")) == ["TW302"]
+    assert codes(plan_of(algorithm("SAM"), precision="bf16")) == []
+
+
+RESIZING_LOADER = Component(
+    name="growing",
+    summary="a loader whose images grow",
+    build="nothing:here",
+    claims=Claims(provides="loader.resizes"),
+)
+
+
+def test_two_schedules_of_the_resolution_are_refused() -> None:
+    plan = make_plan(
+        REGISTRY,
+        strategy="single",
+        data=RESIZING_LOADER,
+        surgery=[algorithm("ProgressiveResizing")],
+        facts=FACTS,
+    )
+
+    assert codes(plan) == ["TW302"]
 
 
 def test_no_claim_of_the_plugin_is_misspelt() -> None:
@@ -267,6 +334,7 @@ def test_layer_freezing_makes_ddp_look_for_unused_parameters() -> None:
 
     assert codes(plan) == []
     assert plan.strategy.options.find_unused_parameters is True
+    assert "looks through the graph in every step" in " ".join(plan.explain().split())
 
 
 def test_what_the_components_need_is_what_the_extra_installs() -> None:

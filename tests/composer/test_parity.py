@@ -284,6 +284,31 @@ def test_a_loss_that_smooths_is_refused_before_step_1() -> None:
         trainer.fit(small_net(), loader(), loss=loss, optimizer=make_sgd)
 
 
+@pytest.mark.parametrize("surgery", ["label_smoothing", "cutmix"])
+def test_targets_that_the_loss_ignores_are_refused_before_step_1(surgery: str) -> None:
+    inputs, targets = images()
+    targets[3] = -100
+    trainer = Trainer(strategy="single", surgery=surgery, registry=REGISTRY, barebones=True)
+    data = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+
+    with pytest.raises(PlanError, match="ignore_index"):
+        trainer.fit(small_net(), data, loss=F.cross_entropy, optimizer=make_sgd)
+
+
+@pytest.mark.filterwarnings("ignore:SAM has known issues")
+def test_sam_and_windows_are_refused_before_step_1() -> None:
+    trainer = Trainer(
+        strategy="single",
+        surgery=[algorithm("SAM")],
+        accumulate_grad_batches=2,
+        registry=REGISTRY,
+        barebones=True,
+    )
+
+    with pytest.raises(InvalidArgument, match="evaluates the loss itself"):
+        trainer.fit(small_net(), loader(), loss=F.cross_entropy, optimizer=make_sgd)
+
+
 def test_blurpool_without_strided_convolutions_is_an_error_under_strict() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

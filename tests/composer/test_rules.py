@@ -129,6 +129,40 @@ def test_smoothing_twice_smooths_too_much() -> None:
     assert not torch.allclose(smoothed_loss(outputs, once), F.cross_entropy(outputs, once))
 
 
+@pytest.mark.filterwarnings("ignore:Negative label indices:UserWarning")  # of Composer
+@pytest.mark.parametrize("name", ["LabelSmoothing", "CutMix", "MixUp"])
+def test_an_ignored_target_is_trained_on_once_it_is_a_probability(name: str) -> None:
+    """What makes probabilities of targets forbids targets.ignored."""
+    outputs = torch.randn(24, CLASSES, generator=torch.Generator().manual_seed(0))
+    inputs, targets = images()
+    targets[::2] = -100  # as ignore_index has it
+    parts = operated([algorithm(name)], small_net())
+    batch: Any = (inputs, targets)
+    seed_all(5)
+    for transform in parts.batch_transforms:
+        batch = transform(batch)
+    soft = parts.target_transforms[0](outputs, batch[1])
+
+    right, wrong = F.cross_entropy(outputs, targets), F.cross_entropy(outputs, soft)
+
+    assert abs(float(right) - float(wrong)) > 0.1
+
+
+def test_ghost_batches_before_and_after_synchronised_batchnorm() -> None:
+    """core synchronises after surgery: Composer finds no BatchNorm to replace afterwards."""
+    ghost = composer_module("composer.algorithms.ghost_batchnorm")
+    first = operated([algorithm("GhostBatchNorm", ghost_batch_size=2)], small_net()).model
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(first)
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(small_net())
+    ghost.apply_ghost_batchnorm(late, ghost_batch_size=2)
+
+    def kinds(model: nn.Module) -> list[str]:
+        return [type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__]
+
+    assert "GhostBatchNorm2d" in kinds(synchronised)
+    assert kinds(late) == ["SyncBatchNorm"]
+
+
 def test_mixing_losses_under_smoothing_leaves_half_of_it_out() -> None:
     """cutmix with interpolate_loss=True forbids targets.smoothed."""
     seed_all(1)
@@ -181,7 +215,7 @@ def test_blurpool_and_channels_last_do_nothing_without_convolutions() -> None:
 
 
 def test_blurpool_fails_when_weights_are_cast_and_its_filters_are_not() -> None:
-    """blurpool requires precision.autocast."""
+    """blurpool requires precision.uniform."""
     parts = operated([algorithm("BlurPool")], small_net(batchnorm=False))
     for parameter in parts.model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)

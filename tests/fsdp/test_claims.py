@@ -65,7 +65,9 @@ def test_what_is_provided_follows_from_options_and_precision(
 ) -> None:
     claims = fsdp_claims(FsdpOptions(**options), Settings(precision=precision))
 
-    assert set(claims.provides) == ALWAYS | ({"precision.autocast"} if autocast else set())
+    dtype = "precision.uniform" if precision == "bf16-true" else "precision.autocast"
+    kept = autocast or precision == "bf16-true"
+    assert set(claims.provides) == ALWAYS | ({dtype} if kept else set())
     assert ("precision.autocast" in claims.lacks) is not autocast
 
 

@@ -21,7 +21,8 @@ from tests.core.forking import forked_ranks
 from tests.core.killing import GLOBAL_BATCH, Leg, killed_while_saving, wait_for_save
 from tests.ffcv.writing import shared_memory_of
 from tests.together.matrix import FOUR
-from tests.together.matrix_runs import SEED, STRATEGIES, Images, chosen, make_net
+from tests.together.matrix_choices import STRATEGIES, Images, make_net
+from tests.together.matrix_runs import SEED, chosen
 from torchweld import Trainer, use
 from torchweld.callbacks import ModelCheckpoint
 

@@ -25,16 +25,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.composer.small_nets import algorithm, make_sgd, seed_all
 from tests.together.matrix import FOUR
-from tests.together.matrix_runs import (
-    GLOBAL_BATCH,
-    SEED,
-    STRATEGIES,
-    Cell,
-    Images,
-    be_quiet,
-    by_trainer,
-    make_net,
-)
+from tests.together.matrix_choices import STRATEGIES, Cell, Images, make_net
+from tests.together.matrix_runs import GLOBAL_BATCH, SEED, be_quiet, by_trainer
 from torchweld import Trainer, use
 from torchweld.testing import run_ranks
 

@@ -20,7 +20,7 @@ from tests.together.matrix import (
     sample,
     title,
 )
-from tests.together.matrix_runs import STRATEGIES, Cell
+from tests.together.matrix_choices import STRATEGIES, Cell
 
 ROOT = Path(__file__).parents[2]
 NAMED_TEST = re.compile(r"`((?:tests|core)/[\w/]+\.py)(?:::(\w+))?`")

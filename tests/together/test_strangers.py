@@ -14,7 +14,7 @@ import pytest
 
 from tests.core.distributions import Site
 from tests.together.matrix import Bench
-from tests.together.matrix_runs import Cell
+from tests.together.matrix_choices import Cell
 
 QUIET = dedent("""
     from torchweld import Component, hookimpl

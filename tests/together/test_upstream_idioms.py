@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.composer.small_nets import algorithm, make_sgd
-from tests.together.matrix_runs import Images, be_quiet, exported, make_net
+from tests.together.matrix_choices import Images, make_net
+from tests.together.matrix_runs import be_quiet, exported
 from torchweld import Trainer, use
 from torchweld.testing import run_ranks
 

@@ -21,7 +21,7 @@ _ALWAYS = (
 
 
 def _precision_tokens(settings: Settings) -> tuple[str, ...]:
-    return () if settings.precision == "bf16-true" else ("precision.autocast",)
+    return ("precision.uniform" if settings.precision == "bf16-true" else "precision.autocast",)
 
 
 _CASTS = {
@@ -61,7 +61,10 @@ def _ddp_claims(options: DdpOptions, settings: Settings) -> Claims:
     unused = {"find_unused_parameters": True}
     provides = [*_ALWAYS, *_precision_tokens(settings)]
     lacks = dict(_CASTS) if settings.precision == "bf16-true" else {}
-    why = "DDP waits for the gradient of every parameter unless find_unused_parameters=True"
+    why = (
+        "DDP waits for the gradient of every parameter unless find_unused_parameters=True, which "
+        "looks through the graph in every step"
+    )
     if options.find_unused_parameters:
         provides += ["params.may_freeze", "graph.per_rank"]
     lacks["params.may_unfreeze"] = (

@@ -45,6 +45,7 @@ class Token:
         why: the reason it exists, printed to users.
         holds: a clause for the fact.
         fails: a clause for its opposite.
+        stronger: a token that means at least as much; whoever provides that provides this.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Token:
     why: str
     holds: str
     fails: str
+    stronger: str = ""
 
 
 _SLOTS = (
@@ -170,11 +172,27 @@ _STRATEGY_TOKENS = (
         "a process does not hold the finished gradient of what it holds",
     ),
     Token(
+        "grads.stepped",
+        "strategy",
+        "a method that changes single gradients must reach those that are stepped",
+        "each process holds the finished gradient of what it steps",
+        "a process does not hold the finished gradient of what it steps",
+        stronger="grads.elementwise",
+    ),
+    Token(
         "grads.whole",
         "strategy",
         "a norm of one parameter's gradient needs all of it",
         "each process holds whole gradients",
         "a process does not hold whole gradients",
+    ),
+    Token(
+        "grads.stepped_whole",
+        "strategy",
+        "a norm that decides about the step of a parameter needs all of its gradient",
+        "each process steps whole parameters, and holds their whole gradients",
+        "a process does not hold whole gradients of what it steps",
+        stronger="grads.whole",
     ),
     Token(
         "step.closure",
@@ -196,6 +214,14 @@ _STRATEGY_TOKENS = (
         "code with fp32 buffers of its own breaks when parameters are cast",
         "parameters and buffers keep their dtype",
         "parameters or buffers are cast",
+    ),
+    Token(
+        "precision.uniform",
+        "strategy",
+        "a layer that meets its own buffers needs them in the dtype of its weights",
+        "parameters and buffers have one dtype",
+        "parameters and buffers differ in dtype",
+        stronger="precision.autocast",
     ),
 )
 
@@ -339,6 +365,13 @@ _FIT_TOKENS = (
         "inputs are 4-D",
         "inputs are not 4-D",
     ),
+    Token(
+        "targets.ignored",
+        "fit",
+        "a target that the loss is to ignore is no class, and cannot become a probability",
+        "the first batch has targets below 0, which a loss ignores",
+        "every target of the first batch is a class or a value",
+    ),
 )
 
 SLOTS: Mapping[str, Slot] = MappingProxyType({slot.name: slot for slot in _SLOTS})
@@ -368,6 +401,12 @@ def find_token(name: str) -> Token | None:
     if is_own_word(name):
         return Token(name, "component", "a plugin defined it", f"{name} holds", f"no {name}")
     return TOKENS.get(name)
+
+
+def proofs(name: str) -> tuple[str, ...]:
+    """The tokens of which one is enough: ``name`` itself, and the one that means more."""
+    token = TOKENS.get(name)
+    return (name, token.stronger) if token and token.stronger else (name,)
 
 
 def is_own_word(name: str) -> bool:

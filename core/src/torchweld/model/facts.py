@@ -84,7 +84,17 @@ def batch_facts(batch: Any) -> dict[str, bool]:
     """What the first batch tells."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     inputs = next(iter(tensors(batch[0])), None) if pair else None
-    return {"inputs.4d": inputs is not None and inputs.dim() == 4}
+    targets = batch[1] if pair else None
+    return {
+        "inputs.4d": inputs is not None and inputs.dim() == 4,
+        "targets.ignored": isinstance(targets, Tensor) and _has_negative_classes(targets),
+    }
+
+
+def _has_negative_classes(targets: Tensor) -> bool:
+    """Whether some target is none of the classes, as ``ignore_index=-100``."""
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    return whole and targets.numel() > 0 and bool((targets < 0).any())
 
 
 # ---- the first batch, tried before step 1 --------------------------------------------------------

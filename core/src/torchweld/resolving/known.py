@@ -8,7 +8,7 @@ from torchweld.components import Settings
 from torchweld.errors import InvalidArgument
 from torchweld.resolving.declared import Declared
 from torchweld.spelling import did_you_mean
-from torchweld.vocabulary import TOKENS, find_token
+from torchweld.vocabulary import TOKENS, find_token, proofs
 
 
 class Known:
@@ -25,11 +25,14 @@ class Known:
 
     def providers(self, token: str, asker: Declared) -> list[Declared]:
         """The members other than ``asker`` that make ``token`` hold."""
+        enough = set(proofs(token))
         return [
             member
             for member in self.members
             # The loader of the other splits says nothing about training.
-            if member is not asker and member.chosen.split != "val" and token in member.provides
+            if member is not asker
+            and member.chosen.split != "val"
+            and not enough.isdisjoint(member.provides)
         ]
 
     def holds(self, token: str, asker: Declared) -> bool | None:
@@ -58,7 +61,7 @@ class Known:
         known = find_token(token)
         by_strategy = known is not None and known.source == "strategy"
         return [
-            (member, member.lacks.get(token, ""))
+            (member, next((member.lacks[t] for t in proofs(token) if t in member.lacks), ""))
             for member in self.members
             if token in member.lacks or (by_strategy and member.phase == "strategy")
         ]

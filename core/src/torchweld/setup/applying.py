@@ -48,4 +48,5 @@ _ANY_TRAINING = {
     "loss.accepts_soft_targets": True,
     "loss.smooths": False,
     "inputs.4d": True,
+    "targets.ignored": False,
 }

@@ -381,7 +381,7 @@ class StrategyConformance:
 
     def test_gradient_transforms_act_before_the_step(self, world_size: int) -> None:
         bench, step = self.bench(world_size), one_step("frozen")
-        bench.needs("grads.elementwise")
+        bench.needs("grads.stepped")
         case = bench.case("frozen")
         by_rank = bench.run(jobs.transform_gradients, case, step)
 

@@ -30,6 +30,7 @@ from torchweld.testing.strategy_session import (
     plain_model,
     scaled_loss,
 )
+from torchweld.vocabulary import proofs
 
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], Callable[..., Pair]]] = {
     "mlp": (models.mlp, models.features),
@@ -97,7 +98,8 @@ class Bench:
     def provides(self, token: str, settings: Settings = DEFAULTS, **facts: bool) -> bool:
         """Whether the claims provide ``token``."""
         provided = self.chosen(settings, **facts).claims(settings).provides
-        return token in ((provided,) if isinstance(provided, str) else provided)
+        given = {provided} if isinstance(provided, str) else set(provided)
+        return not given.isdisjoint(proofs(token))
 
     # ---- running -------------------------------------------------------------------------------
 

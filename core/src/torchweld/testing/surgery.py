@@ -196,6 +196,7 @@ class SurgeryConformance:
                 "model.conv": True,
                 "model.batchnorm": True,
                 "inputs.4d": True,
+                "targets.ignored": False,
                 **self.facts,
             },
         )

@@ -85,7 +85,7 @@ def adopted_component(algorithm: Any) -> Component:
         summary=entry.summary,
         build=Adopted(algorithm, entry.name),
         claims=claims,
-        needs=NEEDS,
+        needs=(*NEEDS, *entry.needs),
     )
 
 

@@ -28,11 +28,16 @@ SOFT = Rel(
     "its targets are probabilities, one row of classes for each sample",
     "use a loss that takes probabilities, such as F.cross_entropy",
 )
+ALL_COUNT = Rel(
+    "targets.ignored",
+    "a target that the loss ignores (ignore_index) would be trained on as one without a class",
+    "leave such samples out of the data, or this surgery",
+)
 IMAGES = Rel("inputs.4d", "it works on images of shape (batch, channels, height, width)")
 CONVOLUTIONS = Rel("model.conv", "it acts on convolutions, the model has to have some")
-KEEPS_DTYPE = Rel(
-    "precision.autocast",
-    "its blur filters stay fp32 and cannot be applied to weights of another dtype",
+FILTERS_FOLLOW = Rel(
+    "precision.uniform",
+    "its blur filters are buffers, and cannot be applied to weights of another dtype",
     "use precision='bf16', which keeps the weights in fp32",
 )
 
@@ -40,7 +45,7 @@ KEEPS_DTYPE = Rel(
 BLURPOOL_CLAIMS = Claims(
     edits="model.modules",
     provides="weights.replaced",
-    requires=(CONVOLUTIONS, KEEPS_DTYPE),
+    requires=(CONVOLUTIONS, FILTERS_FOLLOW),
     forbids=Rel(
         "compile",
         "its padding reads a value back from the tensor: 26 graph breaks in a small ResNet",
@@ -55,6 +60,7 @@ LABEL_SMOOTHING_CLAIMS = Claims(
     forbids=(
         Rel("loss.smooths", "smoothing twice smooths too much", "set label_smoothing=0 there"),
         Rel("targets.smoothed", "smoothing twice smooths too much", "keep one of the two"),
+        ALL_COUNT,
     ),
 )
 
@@ -94,7 +100,7 @@ def mixer_claims(*, interpolate_loss: bool, images: bool) -> Claims:
             edits=("batch.inputs", "batch.targets"),
             provides="targets.soft",
             requires=(VISIBLE, SOFT, *shape),
-            forbids=mixed,
+            forbids=(*mixed, ALL_COUNT),
             before=first,
         )
     hard = Rel(

@@ -36,6 +36,7 @@ class Known:
         asks: its ``match`` decides in every step; otherwise the events alone decide.
         timed: it follows the progress of the run.
         unresumable: why a checkpoint cannot continue it; empty when one can.
+        needs: requirements beside Composer itself.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Known:
     asks: bool = False
     timed: bool = False
     unresumable: str = ""
+    needs: tuple[str, ...] = ()
 
 
 def at(*events: str) -> Callable[[Any], tuple[str, ...]]:
@@ -123,9 +125,13 @@ def _clipping_claims(algorithm: Any) -> Claims:
                 ("gradient_clip_algorithm", "norm", why),
             ),
         )
-    single = Rel("grads.elementwise", "it clips single gradients, after they are complete")
-    whole = Rel("grads.whole", "it compares the norm of each gradient with that of its weight")
-    return Claims(edits="grads", requires=(single, whole) if kind == "adaptive" else single)
+    if kind == "value":
+        return Claims(
+            edits="grads",
+            requires=Rel("grads.stepped", "it clips single gradients, after they are complete"),
+        )
+    why = "it compares the norm of each gradient with that of its weight"
+    return Claims(edits="grads", requires=Rel("grads.stepped_whole", why))
 
 
 def _resizing_claims(algorithm: Any) -> Claims:
@@ -179,10 +185,25 @@ _CUTOUT_CLAIMS = Claims(
         Rel("composer:losses.mixed", "a hole that is cut in mixed images changes the mixture"),
     ),
 )
-_EMA_CLAIMS = Claims(owns="weights.average", edits=(), requires=READS_WEIGHTS)
-_SWA_CLAIMS = Claims(
+AVERAGE_WRITTEN = "composer:average.written"
+"""A word of this plugin: an average is written into the weights while training goes on."""
+
+_EMA_CLAIMS = Claims(
     owns="weights.average",
     edits=(),
+    requires=READS_WEIGHTS,
+    forbids=Rel(
+        AVERAGE_WRITTEN,
+        "swa writes its average into the weights on the way, and validation measures ema's, which "
+        "follows that jump late",
+        "keep one of the two",
+        severity="warning",
+    ),
+    before=Rel("swa", "it averages the weights that the step left"),
+)
+_SWA_CLAIMS = Claims(
+    edits="weights.average",
+    provides=AVERAGE_WRITTEN,
     requires=(
         Rel("params.deepcopy", "it averages into a deep copy of the model"),
         Rel("params.writable", "it writes the average back into the model at the end"),
@@ -238,14 +259,21 @@ _GYRO_CLAIMS = Claims(
         "its masks are fp32, and so is then what meets weights of another dtype",
         "use precision='bf16', which keeps the weights in fp32",
     ),
-    forbids=Rel("compile", "it replaces layers after compilation", "leave compile=False"),
 )
-_ALIBI_CLAIMS = Claims(edits=("model.modules", "batch.inputs"))
+_ALIBI_CLAIMS = Claims(
+    edits=("model.modules", "batch.inputs"),
+    requires=Rel(
+        "precision.uniform",
+        "its biases are buffers, and are added to attention scores of the weights' dtype",
+        "use precision='bf16', which keeps the weights in fp32",
+    ),
+)
 _MODEL_CLAIMS = Claims(edits="model.modules")
 _NEW_LAYERS_CLAIMS = Claims(edits="model.modules", provides="weights.replaced")
 _SEQUENCE_CLAIMS = Claims(
     edits="batch.inputs",
     before=Rel("alibi", "sequences are cut before they are reshaped"),
+    forbids=Rel("compile", "every length compiles again", severity="warning"),
 )
 
 KNOWN: dict[str, Known] = {
@@ -255,6 +283,9 @@ KNOWN: dict[str, Known] = {
         "attention with linear biases",
         at("INIT", "AFTER_DATALOADER"),
         always(_ALIBI_CLAIMS),
+        # As Composer's extra "nlp" says: later ones call attention with arguments that its
+        # replacement does not take.
+        needs=("transformers>=4.11,<4.54",),
     ),
     "ColOut": Known("colout", "leave out rows and columns", _colout_events, _colout_claims),
     "CutOut": Known("cutout", "mask squares", at("AFTER_DATALOADER"), always(_CUTOUT_CLAIMS)),

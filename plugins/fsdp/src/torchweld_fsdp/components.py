@@ -40,6 +40,7 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
             forbids.append(_NOT_FP16)
     elif settings.precision == "bf16-true":
         lacks["precision.autocast"] = CASTS["bf16-true"]
+        provides.append("precision.uniform")
     else:
         provides.append("precision.autocast")
     if options.cpu_offload:

@@ -60,7 +60,10 @@ class SdpOptions:
 def oss_claims(options: OssOptions, settings: Settings) -> Claims:
     """As ``ddp``, but for the strides of weights."""
     unused = {"find_unused_parameters": True}
-    why = "DDP waits for the gradient of every parameter unless find_unused_parameters=True"
+    why = (
+        "DDP waits for the gradient of every parameter unless find_unused_parameters=True, which "
+        "looks through the graph in every step"
+    )
     provides = ["params.deepcopy", "grads.elementwise", "grads.whole"]
     lacks = {
         "params.may_unfreeze": "DDP exchanges the gradients and OSS the weights of what was "
@@ -82,7 +85,7 @@ def oss_claims(options: OssOptions, settings: Settings) -> Claims:
 def sdp_claims(options: SdpOptions, settings: Settings) -> Claims:
     """What stays possible where each process has the gradients of its share only."""
     owners = "ShardedDDP frees a gradient on every process but the one that steps its parameter"
-    provides = ["params.deepcopy", "params.may_freeze"]
+    provides = ["params.deepcopy", "params.may_freeze", "grads.stepped", "grads.stepped_whole"]
     lacks = {
         "grads.elementwise": owners,
         "grads.whole": owners,
@@ -112,7 +115,7 @@ def _claims(
     adapts: Adapt | tuple[Adapt, ...] = (),
 ) -> Claims:
     cast = settings.precision == "bf16-true"
-    kept = () if cast else ("precision.autocast",)
+    kept = ("precision.uniform" if cast else "precision.autocast",)
     return Claims(
         provides=("params.local", "params.writable", "step.closure", *provides, *kept),
         lacks={
