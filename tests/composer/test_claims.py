@@ -12,6 +12,7 @@ from tests.composer.small_nets import algorithm
 from torchweld import Claims, Component, Settings, use
 from torchweld.planning import make_plan
 from torchweld.registry import Registry
+from torchweld_composer.adopt import adopted_component
 
 FOUR = ("blurpool", "channels_last", "cutmix", "label_smoothing")
 REGISTRY = Registry({"composer": torchweld_composer})
@@ -335,6 +336,17 @@ def test_layer_freezing_makes_ddp_look_for_unused_parameters() -> None:
     assert codes(plan) == []
     assert plan.strategy.options.find_unused_parameters is True
     assert "looks through the graph in every step" in " ".join(plan.explain().split())
+
+
+def test_alibi_asks_for_the_transformers_that_composer_knows() -> None:
+    asked = [Requirement(text) for text in adopted_component(ADOPTED["Alibi"]).needs]
+    known = [Requirement(text) for text in requires("mosaicml") or ()]
+
+    (ours,) = [r for r in asked if r.name == "transformers"]
+    theirs = [r for r in known if r.name == "transformers"]
+    assert theirs
+    for version in ("4.11", "4.53.3", "4.54", "5.24.0"):
+        assert ours.specifier.contains(version) is theirs[0].specifier.contains(version)
 
 
 def test_what_the_components_need_is_what_the_extra_installs() -> None:
