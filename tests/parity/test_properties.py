@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -54,17 +55,24 @@ class Drawn:
     epochs: int
 
 
-DRAWN = st.builds(
-    Drawn,
-    samples=st.integers(1, 30),
-    batch=st.integers(1, 8),
-    accumulate=st.integers(1, 4),
-    clip=st.sampled_from([None, ("norm", 0.1), ("norm", 10.0), ("value", 0.01)]),
-    precision=st.sampled_from(["32", "bf16", "bf16-true"]),
-    schedule=st.sampled_from([None, *BY_STEP, *BY_EPOCH]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
-    epochs=st.integers(1, 3),
-)
+CLIPS: tuple[tuple[str, float] | None, ...] = (None, ("norm", 0.1), ("norm", 10.0))
+
+
+def drawings(
+    *, clips: Sequence[tuple[str, float] | None] = (*CLIPS, ("value", 0.01))
+) -> st.SearchStrategy[Drawn]:
+    """All combinations, with these ways of clipping."""
+    return st.builds(
+        Drawn,
+        samples=st.integers(1, 30),
+        batch=st.integers(1, 8),
+        accumulate=st.integers(1, 4),
+        clip=st.sampled_from(clips),
+        precision=st.sampled_from(["32", "bf16", "bf16-true"]),
+        schedule=st.sampled_from([None, *BY_STEP, *BY_EPOCH]),
+        optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+        epochs=st.integers(1, 3),
+    )
 
 
 def make_data(num_samples: int) -> TensorDataset:
@@ -78,21 +86,28 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def trained(drawn: Drawn, strategy: str) -> dict[str, Tensor]:
+def fitted(drawn: Drawn, strategy: Any, model: nn.Module) -> Trainer:
+    """The trainer that has trained ``model``."""
     schedule = BY_STEP.get(drawn.schedule or "")
     if drawn.schedule in BY_EPOCH:
         schedule = LRSchedule(BY_EPOCH[drawn.schedule], interval="epoch")
     algorithm, limit = drawn.clip or ("norm", None)
-    model = make_model()
-    Trainer(
+    trainer = Trainer(
         strategy=strategy, data=use("torch", batch_size=drawn.batch, shuffle=False),
         precision=drawn.precision, max_epochs=drawn.epochs, barebones=True,
         accumulate_grad_batches=drawn.accumulate, gradient_clip_val=limit,
         gradient_clip_algorithm=algorithm, registry=empty_registry(),  # type: ignore[arg-type]  # drawn
-    ).fit(
+    )  # fmt: skip
+    trainer.fit(
         model, make_data(drawn.samples), loss=F.cross_entropy, lr_scheduler=schedule,
         optimizer=OPTIMIZERS[drawn.optimizer],
     )  # fmt: skip
+    return trainer
+
+
+def trained(drawn: Drawn, strategy: str) -> dict[str, Tensor]:
+    model = make_model()
+    fitted(drawn, strategy, model)
     return weights(model)
 
 
@@ -105,13 +120,56 @@ def forward(model: nn.Module, inputs: Tensor, precision: str) -> Tensor:
         return model(inputs).float()  # type: ignore[no-any-return]  # a module
 
 
-def step_by_hand(drawn: Drawn, model: nn.Module, optimizer: Optimizer) -> None:
+@dataclass(frozen=True)
+class Manner:
+    """Where strategies that shard part from DDP, and a loop by hand can follow them.
+
+    Attributes:
+        keeps_fp32: copies in fp32 of cast parameters are stepped, and cast back into them.
+        exchanges_each: each micro-batch's gradients are averaged over the ranks, then added up.
+    """
+
+    keeps_fp32: bool = False
+    exchanges_each: bool = False
+
+
+def window_by_hand(drawn: Drawn, called: Any, window: list[Any], *, exchanges_each: bool) -> None:
+    """Leave the gradients of a window in the parameters."""
+    exchanged = []
+    for place, (inputs, targets, weight) in enumerate(window):
+        if isinstance(called, DistributedDataParallel):
+            called.require_backward_grad_sync = exchanges_each or place == len(window) - 1
+        loss = F.cross_entropy(forward(called, inputs, drawn.precision), targets)
+        loss = loss * weight if weight != 1.0 else loss
+        (loss / len(window) if drawn.accumulate > 1 else loss).backward()
+        if exchanges_each:
+            exchanged.append([p.grad for p in called.parameters()])
+            called.zero_grad()
+    if exchanges_each:
+        for parameter, *gradients in zip(called.parameters(), *exchanged, strict=True):
+            parameter.grad = reduce(torch.add, gradients)
+
+
+def step_by_hand(drawn: Drawn, stepped: list[nn.Parameter], optimizer: Optimizer) -> None:
     if drawn.clip is not None:
         algorithm, limit = drawn.clip
         clip: Any = nn.utils.clip_grad_norm_ if algorithm == "norm" else nn.utils.clip_grad_value_
-        clip(model.parameters(), limit)
+        clip(stepped, limit)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def step_copies(
+    drawn: Drawn, model: nn.Module, copies: list[nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Step copies in fp32 by the gradients of the model, and cast them into it."""
+    for parameter, copy in zip(model.parameters(), copies, strict=True):
+        copy.grad = parameter.grad.float() if parameter.grad is not None else None
+    model.zero_grad()
+    step_by_hand(drawn, copies, optimizer)
+    with torch.no_grad():
+        for parameter, copy in zip(model.parameters(), copies, strict=True):
+            parameter.copy_(copy)
 
 
 def micro_batches(drawn: Drawn, rank: int, world: int) -> list[tuple[Tensor, Tensor, float]]:
@@ -127,12 +185,17 @@ def micro_batches(drawn: Drawn, rank: int, world: int) -> list[tuple[Tensor, Ten
     return found
 
 
-def by_hand(drawn: Drawn, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def by_hand(
+    drawn: Drawn, rank: int = 0, world: int = 1, manner: Manner = Manner()
+) -> dict[str, Tensor]:
+    """What is stepped, afterwards, by the names of the parameters."""
     model = make_model()
     if drawn.precision == "bf16-true":
         model.bfloat16()
+    copies = manner.keeps_fp32 and drawn.precision == "bf16-true"
+    stepped = [nn.Parameter(p.detach().float()) if copies else p for p in model.parameters()]
     called: Any = DistributedDataParallel(model) if world > 1 else model
-    optimizer = OPTIMIZERS[drawn.optimizer](model.parameters())
+    optimizer = OPTIMIZERS[drawn.optimizer](stepped)
     batches = micro_batches(drawn, rank, world)
     total = -(-len(batches) // drawn.accumulate) * drawn.epochs
     by_step, by_epoch = BY_STEP.get(drawn.schedule or ""), BY_EPOCH.get(drawn.schedule or "")
@@ -140,25 +203,24 @@ def by_hand(drawn: Drawn, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     scheduler: Any = make(optimizer, total) if make else None
     for _ in range(drawn.epochs):
         for window in windows(iter(batches), drawn.accumulate):
-            for place, (inputs, targets, weight) in enumerate(window):
-                if world > 1:
-                    called.require_backward_grad_sync = place == len(window) - 1
-                loss = F.cross_entropy(forward(called, inputs, drawn.precision), targets)
-                loss = loss * weight if weight != 1.0 else loss
-                (loss / len(window) if drawn.accumulate > 1 else loss).backward()
-            step_by_hand(drawn, model, optimizer)
+            window_by_hand(drawn, called, window, exchanges_each=manner.exchanges_each)
+            if copies:
+                step_copies(drawn, model, stepped, optimizer)
+            else:
+                step_by_hand(drawn, stepped, optimizer)
             if by_step:
                 scheduler.step()
         if by_epoch:
             scheduler.step()
-    return weights(model)
+    names = (name for name, _ in model.named_parameters())
+    return {name: p.detach() for name, p in zip(names, stepped, strict=True)}
 
 
 @settings(
     max_examples=40, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-@given(drawn=DRAWN)
+@given(drawn=drawings())
 def test_single_equals_a_loop_by_hand_bitwise_whatever_is_combined(drawn: Drawn) -> None:
     assert different(trained(drawn, "single"), by_hand(drawn)) == []
 
@@ -173,12 +235,12 @@ def differences(examples: list[Drawn]) -> list[list[str]]:
     return found
 
 
-def draw(count: int) -> list[Drawn]:
+def draw(count: int, strategy: st.SearchStrategy[Drawn]) -> list[Drawn]:
     """The same examples in every run."""
     examples: list[Drawn] = []
 
     @settings(max_examples=count, derandomize=True, deadline=None, database=None)
-    @given(drawn=DRAWN)
+    @given(drawn=strategy)
     def keep(drawn: Drawn) -> None:
         examples.append(drawn)
 
@@ -187,7 +249,7 @@ def draw(count: int) -> list[Drawn]:
 
 
 def test_ddp_equals_torchs_by_hand_bitwise_whatever_is_combined() -> None:
-    examples = draw(12)
+    examples = draw(12, drawings())
 
     for answers in run_ranks(differences, 2, examples):
         assert {
