@@ -170,7 +170,7 @@ def fit(stage: int, **flags: Any) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_freezing_in_mid_run_is_an_error_that_names_the_parameter(stage: int) -> None:
     (said,) = run_ranks(partial(fit, callbacks=[Freezes()]), 1, stage, timeout_seconds=SECONDS)
 

@@ -37,13 +37,12 @@ from torchweld.testing import models
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=0)  # DeepSpeed's launcher passes it
-parser.add_argument("--stage", type=int, default=2)
-parser.add_argument("--fits", type=int, default=2)
+parser.add_argument("--stages", type=int, nargs="+", default=[2, 2])
 parser.add_argument("--verbose", action="store_true")
 args = parser.parse_args()
-for _ in range(args.fits):
+for stage in args.stages:
     trainer = Trainer(
-        strategy=use("deepspeed", stage=args.stage, verbose=args.verbose),
+        strategy=use("deepspeed", stage=stage, verbose=args.verbose),
         data=use("torch", batch_size=4),
         accelerator="cpu",
         max_epochs=1,
@@ -69,8 +68,8 @@ def test_two_fits_run_without_a_compiler_and_without_a_word(tmp_path: Path) -> N
     script.write_text(TRAINING)
     nowhere = {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
-    for stage in (2, 3):
-        arguments = ("--local_rank=0", f"--stage={stage}")
+    for stages in ("12", "33"):
+        arguments = ("--local_rank=0", "--stages", *stages)
         with spawn_ranks(script, 2, *arguments, directory=tmp_path, environ=nowhere) as ranks:
             codes = ranks.wait(timeout_seconds=240)
             outputs = [ranks.output(rank) for rank in (0, 1)]
@@ -101,7 +100,15 @@ def test_a_launcher_starts_the_script_in_two_processes(name: str, tmp_path: Path
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
     port = [f"--master_port={free_port()}"] if name == "deepspeed" else []
-    command = [sys.executable, "-m", *LAUNCHERS[name], *port, str(script), "--fits=1", "--verbose"]
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[name],
+        *port,
+        str(script),
+        "--stages=2",
+        "--verbose",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=outside(), cwd=tmp_path
     )

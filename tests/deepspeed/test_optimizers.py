@@ -14,6 +14,7 @@ from tests.deepspeed.runs import (
     SECONDS,
     Training,
     by_engine,
+    by_hand,
     by_zero,
     decays_matrices,
     initialized,
@@ -56,6 +57,16 @@ def test_an_optimizer_that_looks_at_more_than_elements_is_refused(name: str) -> 
 
     with pytest.raises(RanksFailed, match=rf"{name} may look at whole parameters"):
         refused(training, stage=2)
+
+
+def test_deepspeed_trains_wrongly_with_an_optimizer_that_looks_at_shapes() -> None:
+    training = training_of("mlp", optimizer=partial(optim.Adafactor, lr=1e-2), clip=None)
+    (expected,) = run_ranks(by_hand, 1, training, timeout_seconds=SECONDS)
+
+    (found,) = run_ranks(by_engine, 1, training, told(2), timeout_seconds=SECONDS)
+
+    apart = [abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)]
+    assert max(apart) >= 1e-4
 
 
 def half(groups: list[dict[str, Any]]) -> SGD:

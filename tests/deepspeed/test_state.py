@@ -31,7 +31,7 @@ from torchweld.model.parameters import make_groups
 from torchweld.processes.ranks import launch
 from torchweld.testing import models, run_ranks
 from torchweld.testing.processes import RanksFailed
-from torchweld.testing.states import assemble, keep
+from torchweld.testing.states import Kept, assemble, keep
 from torchweld.testing.strategy_session import Case, Step, prepared
 
 ZEROS = ("zero1", "zero2", "zero3")
@@ -192,6 +192,36 @@ def test_pieces_in_fp32_are_not_rounded_for_who_keeps_bf16_alone(tmp_path: Path)
 
     with pytest.raises(RanksFailed, match="has float32, asked for bfloat16"):
         loaded_by("ddp", 2, tmp_path / "c", settings=settings)
+
+
+# ---- averages ------------------------------------------------------------------------------------
+
+
+def averaged_in_pieces(case: Case, steps: list[Step]) -> list[list[Kept]]:
+    """The pieces after each step, and their average, which no rank asked another for."""
+    states: list[list[Kept]] = []
+    with prepared(case) as session:
+        for step in steps:
+            session.take(step)
+            states.append([kept for kept in session.state() if kept.name.startswith("model/")])
+    average = [kept.local.clone() for kept in states[0]]
+    for state in states[1:]:
+        torch._foreach_lerp_(average, [kept.local for kept in state], 0.3)
+    pairs = zip(states[0], average, strict=True)
+    return [*states, [replace(kept, local=local) for kept, local in pairs]]
+
+
+@pytest.mark.parametrize("stage", ZEROS)
+def test_an_average_of_pieces_is_that_of_the_weights_bitwise(stage: str) -> None:
+    bench = bench_of(stage, 2)
+    by_rank = bench.run(averaged_in_pieces, case_of(bench, "mlp"), steps_of("mlp"))
+
+    *whole, found = states(by_rank)
+    expected = {name: tensor.clone() for name, tensor in whole[0].items()}
+    for state in whole[1:]:
+        torch._foreach_lerp_(list(expected.values()), [state[name] for name in expected], 0.3)
+    assert different(found, expected) == []
+    assert different(found, whole[-1]) == sorted(expected)
 
 
 # ---- groups and counters -------------------------------------------------------------------------

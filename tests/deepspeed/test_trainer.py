@@ -47,8 +47,8 @@ def trainer_of(strategy: Any, **settings: Any) -> Trainer:
 
 def fit_gpt(
     strategy: str, options: Mapping[str, Any], own_loop: bool = False
-) -> tuple[dict[str, Tensor], float]:
-    """Train, export; the whole weights and the last loss of validation."""
+) -> tuple[dict[str, Tensor], float, list[Tensor]]:
+    """Train, export; the whole weights, the last loss of validation, and outputs on its data."""
     trainer = trainer_of(use(strategy, **options))
     arguments: dict[str, Any] = {
         "loss": F.cross_entropy,
@@ -57,7 +57,7 @@ def fit_gpt(
         "lr_scheduler": one_cycle,
     }
     data, val = TensorDataset(*models.tokens(SAMPLES)), TensorDataset(*models.tokens(7, seed=1))
-    loss = float("nan")
+    loss, outputs = float("nan"), []
     if own_loop:
         with trainer.prepare(make_gpt, data, val=val, **arguments) as run:
             for inputs, targets in run.batches():
@@ -67,11 +67,12 @@ def fit_gpt(
     else:
         loss = trainer.fit(make_gpt, data, val=val, **arguments).metrics["val_loss"]
         trainer.export("weights.safetensors")
-    return load_file("weights.safetensors"), loss
+        outputs = trainer.predict(data=val)
+    return load_file("weights.safetensors"), loss, outputs
 
 
 @pytest.fixture(scope="module")
-def by_ddp() -> tuple[dict[str, Tensor], float]:
+def by_ddp() -> tuple[dict[str, Tensor], float, list[Tensor]]:
     first, _ = run_ranks(fit_gpt, 2, "ddp", {}, timeout_seconds=SECONDS)
     return first  # type: ignore[no-any-return]  # what a rank returns has no type
 
@@ -89,15 +90,19 @@ def by_ddp() -> tuple[dict[str, Tensor], float]:
 def test_a_gpt_with_groups_and_a_schedule_trains_as_under_ddp(
     by_ddp: Any, options: dict[str, Any], own_loop: bool
 ) -> None:
-    expected, loss = by_ddp
+    expected, loss, outputs = by_ddp
 
-    (weights, found), _ = run_ranks(
+    (weights, found, predicted), _ = run_ranks(
         fit_gpt, 2, "deepspeed", options, own_loop, timeout_seconds=SECONDS
     )
 
     assert weights.keys() == expected.keys()
     assert max(float((weights[n] - expected[n]).abs().max()) for n in expected) <= 2e-6
-    assert own_loop or found == pytest.approx(loss, abs=2e-6)
+    if not own_loop:
+        assert found == pytest.approx(loss, abs=2e-6)
+        assert len(predicted) == len(outputs) > 0
+        for mine, theirs in zip(predicted, outputs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 
 # ---- beside other plugins ------------------------------------------------------------------------
@@ -138,7 +143,7 @@ def fit_mlp(stage: int, stops: bool) -> dict[str, Tensor]:
     return load_file("weights.safetensors")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_that_is_resumed_is_the_same_run_bitwise(stage: int) -> None:
     whole, _ = run_ranks(fit_mlp, 2, stage, False, timeout_seconds=SECONDS)
     resumed, _ = run_ranks(fit_mlp, 2, stage, True, timeout_seconds=SECONDS)

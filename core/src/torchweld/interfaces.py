@@ -206,6 +206,8 @@ class Prepared:
             ``named_parameters`` gives (pieces, copies); None: core finds them by identity.
         loss_scaler: of fp16, with ``state_dict`` and ``load_state_dict``: it goes into checkpoints.
         notes: what was decided or repaired here, one line each; shown when the run starts.
+        working_copies: weights and buffers as ``forward`` uses them, where ``shards`` yields others
+            (pieces that are stepped); an average is exported from here. None: ``shards`` does.
     """
 
     forward: Callable[..., Any]
@@ -226,6 +228,7 @@ class Prepared:
     optimizer_names: Sequence[Sequence[str]] | None = None
     loss_scaler: Any | None = None
     notes: Sequence[str] = ()
+    working_copies: Callable[[], Iterable[Shard]] | None = None
 
 
 class Strategy(Protocol):

@@ -433,6 +433,13 @@ class StepsItsOwnCopy(Engine):
         return applied
 
 
+class SavesItsOwnCopy(StepsItsOwnCopy):
+    def shards(self) -> Iterator[Shard]:
+        if self.env.rank == 0:
+            for (name, _), master in zip(self.named(), self.master, strict=True):
+                yield Shard(f"model/{name}", master, tuple(master.shape), (0,) * master.dim())
+
+
 class FlattensStrides(Engine):
     def begin(self) -> None:
         super().begin()
@@ -569,6 +576,7 @@ WRONG = [
     (MeetsOnceMore, "test_a_step_makes_no_more_collectives_than_declared", {}, "made 5 coll"),
     (Engine, "test_a_step_makes_few_python_calls", {}, "bind in setup"),
     (ShowsEmptyParameters, "test_local_parameters_are_the_weights", {}, "shows only 0 of"),
+    (SavesItsOwnCopy, "test_local_parameters_are_the_weights", {}, "exported of an average in the"),
     (StepsItsOwnCopy, "test_written_parameters_stay_written", {}, "lost in the next step"),
     (FlattensStrides, "test_parameters_keep_their_strides", {}, "strides changed"),
     (SharesWithCopies, "test_the_model_can_be_deepcopied", {}, "deep copy of the model is not"),

@@ -17,20 +17,25 @@ if TYPE_CHECKING:
     from torchweld.loop.wiring import Wiring
 
 
-def export_run(wiring: Wiring, path: str | Path) -> Path:
+def export_run(wiring: Wiring, path: str | Path, *, in_use: bool = False) -> Path:
     """Write the consolidated weights as one safetensors file; every rank must call it.
 
     The file's header names the surgeries that renamed or replaced parameters: ``apply_surgery``
     with them makes the model that loads it.
 
+    Args:
+        wiring: of the run.
+        path: of the file.
+        in_use: what is in the model now, such as an average, and not what is stepped.
+
     Raises:
         CheckpointError: it could not be written; on all ranks.
     """
     with wiring.ranks.first_cause({"doing": "export"}):
-        return _export_together(wiring, Path(path))
+        return _export_together(wiring, Path(path), in_use)
 
 
-def export_models(wiring: Wiring, path: str | Path) -> Path:
+def export_models(wiring: Wiring, path: str | Path, *, in_use: bool = False) -> Path:
     """Write ``path/<name>.safetensors`` for each of several models; every rank must call it.
 
     Raises:
@@ -48,18 +53,19 @@ def export_models(wiring: Wiring, path: str | Path) -> Path:
             )
         for name, member in wiring.members.items():
             one = replace(wiring, prepared=member.prepared)
-            _export_together(one, directory / f"{name}.safetensors")
+            _export_together(one, directory / f"{name}.safetensors", in_use)
     return directory
 
 
-def _export_together(wiring: Wiring, target: Path) -> Path:
-    ranks = wiring.ranks
+def _export_together(wiring: Wiring, target: Path, in_use: bool) -> Path:
+    ranks, prepared = wiring.ranks, wiring.prepared
     metadata = {
         "format": "pt",
         "torchweld_surgeries": json.dumps([c.name for c in wiring.plan.surgeries]),
         "torchweld_plan": wiring.plan.digest,
     }
-    shards = list(wiring.prepared.shards())
+    read = (prepared.working_copies if in_use else None) or prepared.shards
+    shards = list(read())
     everything_on_rank_0 = all(
         text == "0" for text in ranks.exchange("export", str(len(shards)))[1:]
     )

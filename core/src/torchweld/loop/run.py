@@ -221,8 +221,9 @@ class TrainingRun:
         Of several models ``path`` is a directory with one file each: ``path/<name>.safetensors``.
         """
         export = export_models if self.wiring.members else export_run
-        with averaged(self.wiring) if check_weights(weights) else nullcontext():
-            return export(self.wiring, path)
+        average = check_weights(weights)
+        with averaged(self.wiring) if average else nullcontext():
+            return export(self.wiring, path, in_use=average)
 
     def stop(self) -> None:
         """End the run at the next border, on all ranks."""

@@ -318,8 +318,13 @@ class StrategyConformance:
         bench.needs("params.local")
         by_rank = bench.run(jobs.read_parameters, bench.case("mlp"), one_step("mlp"))
 
-        for name, whole in weights(assemble([kept for kept, _ in by_rank])).items():
-            check_readable(name, whole, [named[name] for _, named in by_rank])
+        kept, shown, exported = (list(each) for each in zip(*by_rank, strict=True))
+        saved, found = (weights(assemble(each)) for each in (kept, exported))
+        for name, whole in saved.items():
+            check_readable(name, whole, [named[name] for named in shown])
+        halved = {n: t * 0.5 for n, t in saved.items()}
+        claim = "'params.local' is provided, but what is exported of an average in the parameters"
+        assert_same_state(found, halved, what=f"{claim} (working_copies, or shards)")
 
     def test_written_parameters_stay_written(self, world_size: int) -> None:
         bench = self.bench(world_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torchweld.checkpoint import Checkpoint, write
 from torchweld.interfaces import Env
 from torchweld.model.names import canonical
 from torchweld.nesting import map_tensors
-from torchweld.testing.states import Kept
+from torchweld.testing.states import Kept, keep
 from torchweld.testing.strategy_session import (
     Case,
     Pair,
@@ -129,12 +129,18 @@ def transform_gradients(case: Case, step: Step) -> tuple[Trace, list[str]]:
     return trace, doubling.names
 
 
-def read_parameters(case: Case, step: Step) -> tuple[list[Kept], dict[str, Tensor]]:
-    """After a step: the pieces, and what ``named_parameters`` shows on this rank."""
+def read_parameters(case: Case, step: Step) -> tuple[list[Kept], dict[str, Tensor], list[Kept]]:
+    """After a step: the pieces, the parameters of this rank, and what is exported of them halved.
+
+    An average is put into the parameters for an evaluation or an export.
+    """
     with prepared(case) as session:
         session.take(step)
+        state = session.state()
         named = session.prepared.named_parameters()
-        return session.state(), {n: local(p.detach()).clone() for n, p in named}
+        shown = {n: local(p.detach()).clone() for n, p in named}
+        _halve(session.prepared.named_parameters())
+        return state, shown, keep((session.prepared.working_copies or session.prepared.shards)())
 
 
 def write_parameters(case: Case, step: Step) -> list[list[Kept]]:
@@ -142,13 +148,17 @@ def write_parameters(case: Case, step: Step) -> list[list[Kept]]:
     with prepared(case) as session:
         session.take(step)
         states = [session.state()]
-        with torch.no_grad():
-            for _, parameter in session.prepared.named_parameters():
-                local(parameter).mul_(0.5)
+        _halve(session.prepared.named_parameters())
         states.append(session.state())
         session.take(Step(step.window, lr=0.0))
         states.append(session.state())
         return states
+
+
+@torch.no_grad()
+def _halve(named: Iterable[tuple[str, Any]]) -> None:
+    for _, parameter in named:
+        local(parameter).mul_(0.5)
 
 
 def strides_after(case: Case, step: Step) -> dict[str, tuple[int, ...]]:

@@ -123,13 +123,23 @@ class ZeroState:
         self._check_here()
         for span in self._spans.values():
             yield from _span_shard(f"model/{span.name}", span.of(span.flat), span)
-        for parameter, name in self._fixed():
-            yield from self._fixed_shards(f"model/{name}", parameter)
-        if self._rank == 0:
-            for name, buffer in persistent_buffers(self._model):
-                yield from whole(f"model/{name}", buffer, None)
+        for parameter in self._model.parameters():
+            if self._names[id(parameter)] not in self._spans:
+                yield from self._working_copy(parameter)
+        yield from self._buffers()
         if self._made.optimizer is not None:
             yield from self._optimizer_shards()
+
+    def working_copies(self) -> Iterator[Shard]:
+        """Yield the weights that forward uses, which are others than those that are stepped.
+
+        Raises:
+            CheckpointError: they are on a drive.
+        """
+        self._check_here()
+        for parameter in self._model.parameters():
+            yield from self._working_copy(parameter)
+        yield from self._buffers()
 
     def _check_here(self) -> None:
         if self._made.swaps:
@@ -138,14 +148,13 @@ class ZeroState:
                 "reads no pieces there: offload to 'cpu', or train with enable_checkpointing=False"
             )
 
-    def _fixed(self) -> Iterator[tuple[Any, str]]:
-        """The parameters that nobody steps."""
-        for parameter in self._model.parameters():
-            name = self._names[id(parameter)]
-            if name not in self._spans:
-                yield parameter, name
+    def _buffers(self) -> Iterator[Shard]:
+        if self._rank == 0:
+            for name, buffer in persistent_buffers(self._model):
+                yield from whole(f"model/{name}", buffer, None)
 
-    def _fixed_shards(self, name: str, parameter: Any) -> Iterator[Shard]:
+    def _working_copy(self, parameter: Any) -> Iterator[Shard]:
+        name = f"model/{self._names[id(parameter)]}"
         if self._made.stage < 3:
             yield from whole(name, parameter, None) if self._rank == 0 else ()
             return

@@ -175,6 +175,7 @@ class _Preparing:
             bytes_per_rank=lambda: bytes_held(made, self.model),
             optimizer_names=made.group_names if made.zero is not None else None,
             notes=made.notes,
+            working_copies=state.working_copies,
         )
 
     def _open(self, _last: bool, size: int) -> None:
