@@ -226,7 +226,8 @@ def _problems_after(place: Path, leg: Leg, expected: Any) -> list[str]:
 def contents(path: Path) -> dict[str, Any]:
     """Return all that is in a checkpoint but its plan and what depends on the time."""
     checkpoint = Checkpoint.open(path)
-    header = {k: v for k, v in checkpoint.header.items() if k not in {"plan", "metrics"}}
+    of_its_run = {"plan", "metrics", "kept"}
+    header = {k: v for k, v in checkpoint.header.items() if k not in of_its_run}
     ranks = range(checkpoint.manifest["world_size"])
     states = {f"state of rank {rank}": checkpoint.rank_state(rank) for rank in ranks}
     tensors = {name: checkpoint.tensor(name).tolist() for name in sorted(checkpoint.names())}

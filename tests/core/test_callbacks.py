@@ -54,7 +54,8 @@ def train(root: Path, callbacks: Any, *, model: Any = None, **settings: Any) -> 
         "enable_progress_bar": False, "enable_model_summary": False, "registry": empty_registry(),
         "enable_checkpointing": False, "seed": 0,
     }  # fmt: skip
-    more = {name: settings.pop(name) for name in ("ckpt_path", "optimizer") if name in settings}
+    names = ("ckpt_path", "optimizer", "loss")
+    more = {name: settings.pop(name) for name in names if name in settings}
     model = make_model() if model is None else model
     return Trainer(**{**given, **settings}).fit(
         model, make_data(), make_data(9), **arguments(**more)
@@ -191,6 +192,51 @@ def test_rates_momentum_decay_memory_norm_and_throughput_are_logged(tmp_path: Pa
     assert row["grad_norm"] > 0
     assert row["samples_per_second"] > 0
     assert 0.01 < row["memory_gib"] < 1000
+
+
+# ---- means over an epoch -------------------------------------------------------------------------
+
+
+class StopsAt:
+    """Gives a loss of its own, and ends the run early."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step, self.calls = step, 0
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        if torch.is_grad_enabled():
+            self.calls += 1
+        return {"loss": outputs.sum() * 0 + self.calls, "twice": torch.tensor(2.0 * self.calls)}
+
+    def next_due(self, progress: Progress) -> int | None:
+        return self.step
+
+    def at(self, border: Border, run: Run) -> None:
+        if border.progress.step == self.step:
+            run.save()
+            run.stop()
+
+
+def test_the_line_of_an_epoch_has_its_means_also_when_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopper, logger, second = StopsAt(9), Kept(), StopsAt()  # at the border after it: 10
+    settings = {"max_epochs": 2, "log_every_n_steps": 5, "enable_checkpointing": True}
+    train(tmp_path, stopper, loss=stopper.loss, enable_progress_bar=True, **settings)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1/2"))
+
+    second.calls = 10
+    stopping = EarlyStopping("train_loss", patience=9)
+    result = train(
+        tmp_path, [second, stopping], loss=second.loss, logger=[logger], ckpt_path="last",
+        **settings,
+    )  # fmt: skip
+
+    assert "loss 3.500   twice 7.000" in line
+    assert result.metrics["train_loss"] == 11.5  # of steps 11 and 12, since the last log
+    assert result.metrics["train_loss/epoch"] == 9.5  # of steps 7 to 12
+    assert result.metrics["twice/epoch"] == 19.0
+    assert stopping.best == 9.5
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -219,6 +219,46 @@ def test_metric_objects_are_reset_updated_and_computed() -> None:
     assert (metric.resets, metric.samples) == (3, 13)
 
 
+class Named:
+    """Names its values itself, as a collection does; ``keys`` says which where there is one."""
+
+    def __init__(self, **values: float) -> None:
+        self.values = values
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Nothing is counted."""
+
+    def compute(self) -> dict[str, float]:
+        return self.values
+
+
+class Collection(Named):
+    def keys(self) -> list[str]:
+        return list(self.values)
+
+
+@pytest.mark.parametrize("kind", [Named, Collection])
+@pytest.mark.parametrize(
+    ("make", "value", "owner"),
+    [
+        (lambda kind: kind(loss=3.0), "loss", "the loss"),
+        (lambda kind: {"a_b": correct, "a": kind(b=1.0)}, "a_b", "metric 'a_b'"),
+    ],
+)
+def test_values_of_one_name_are_refused(kind: Any, make: Any, value: str, owner: str) -> None:
+    words = f"has a value '{value}', and {owner} is measured under .* rename it"
+
+    with pytest.raises(InvalidArgument, match=words):
+        fit(make_model(), make_loader(), make_loader(13), metrics=make(kind))
+    with pytest.raises(InvalidArgument, match=words):
+        make_trainer().evaluate(
+            make_model(), make_loader(13), loss=F.cross_entropy, metrics=make(kind)
+        )
+
+
 def test_eval_step_replaces_the_forward_of_evaluation() -> None:
     model = make_model()
 

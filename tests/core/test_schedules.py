@@ -183,6 +183,16 @@ def test_a_schedule_by_a_metric_is_stepped_when_it_is_measured(
     assert len(set(counting.values)) == times
 
 
+def test_plateau_is_made_without_a_number_of_steps(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"patience": 0, "threshold": 0.9}
+    given = (partial(S.ReduceLROnPlateau, **options), by(S.ReduceLROnPlateau, **options))
+
+    rates = [train(tmp_path, LRSchedule(one, monitor="val_loss"), max_epochs=4)[0] for one in given]
+
+    assert rates[0] == rates[1]
+    assert rates[0][0] != rates[0][max(rates[0])]
+
+
 def test_a_metric_that_is_never_measured_is_refused(tmp_path: Path) -> None:
     schedule = LRSchedule(by(S.ReduceLROnPlateau), monitor="val_loss")
 
@@ -206,6 +216,9 @@ def test_two_processes_lower_the_rate_alike(tmp_path: Path) -> None:
     ("schedule", "words"),
     [
         (by(S.ReduceLROnPlateau), "monitor='val_loss'"),
+        (S.ReduceLROnPlateau, "LRSchedule.*monitor='val_loss'"),
+        (partial(S.ReduceLROnPlateau, patience=3), "LRSchedule.*monitor='val_loss'"),
+        (S.ReduceLROnPlateau(SGD([torch.ones(1)])), r"\(…\) belongs to .* LRSchedule.*val_loss"),
         (LRSchedule(by(S.ReduceLROnPlateau), monitor="val_los"), "has no such metric; it has"),
         (lambda: None, "it is called with"),
     ],

@@ -18,7 +18,7 @@ from torch.optim import LBFGS, SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from torch.utils.data import TensorDataset
 
-from torchweld import Trainer, use
+from torchweld import Trainer, Unfreeze, use
 from torchweld.checkpoint import Checkpoint
 from torchweld.errors import CheckpointError, InvalidArgument, LoopError
 from torchweld.interfaces import Parts
@@ -428,3 +428,45 @@ def test_several_models_are_evaluated_by_eval_step(tmp_path: Path) -> None:
     assert made.evaluate(data=data(6))["loss"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(InvalidArgument, match="was not trained by this Trainer"):
         made.evaluate(models(), data(6), loss=F.mse_loss)
+
+
+# ---- frozen until an epoch -----------------------------------------------------------------------
+
+
+def train_in_turn(run: TrainingRun, batch: Any) -> None:
+    """The first learns in the first two epochs, the second afterwards."""
+    inputs, targets = batch
+    name = "a" if run.progress.epoch < 2 else "b"
+    with run.models[name].alone():
+        step(run, name, F.mse_loss(run.models["b"](run.models["a"](inputs)), targets))
+
+
+def test_layers_of_one_of_several_models_are_trained_from_an_epoch_on(tmp_path: Path) -> None:
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+    second.weight.requires_grad_(False)
+    before, changed = second.weight.clone(), []
+    settings = {"max_epochs": 3, "callbacks": Unfreeze("weight", at_epoch=2, model="b")}
+
+    with prepared(tmp_path, model={"a": first, "b": second}, settings=settings) as run:
+        for batch in run.batches():
+            train_in_turn(run, batch)
+            changed.append(not torch.equal(before, second.weight))
+
+    assert changed == [False] * (2 * BATCHES) + [True] * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ({}, r"of which model of this run \(model='a', model='b'\)"),
+        ({"model": "c"}, r"Unfreeze\(\['w'\], at_epoch=1, model='c'\): say of which model"),
+        ({"model": "b"}, "this model has no optimizer"),
+    ],
+)
+def test_unfreezing_refuses_a_model_that_cannot_be_meant(
+    which: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    settings = {"callbacks": Unfreeze("w", at_epoch=1, **which)}
+
+    with pytest.raises(InvalidArgument, match=words):
+        prepared(tmp_path, settings=settings, optimizer={**SGD_EACH, "b": None})

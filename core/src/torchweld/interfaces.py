@@ -351,12 +351,16 @@ class Progress:
 class Border:
     """Where the inner loop stopped; the only place where callbacks and loggers are called.
 
-    ``kind`` holds some of: fit_start, due, epoch_end, eval_start, eval_end, checkpoint, fit_end.
+    Attributes:
+        kind: some of fit_start, due, epoch_end, eval_start, eval_end, checkpoint, fit_end.
+        metrics: the newest value of everything that was measured up to now.
+        measured: names of those that were measured at this very step.
     """
 
     kind: frozenset[str]
     progress: Progress
     metrics: Mapping[str, float]
+    measured: frozenset[str] = frozenset()
 
 
 class Callback(Protocol):

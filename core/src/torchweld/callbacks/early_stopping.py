@@ -18,7 +18,7 @@ class EarlyStopping:
 
     Args:
         monitor: a metric; one of validation (``"val_…"``) counts after each validation, any other
-            at the ends of epochs.
+            at the ends of epochs, with its mean over the epoch.
         mode: whether a smaller (``"min"``) or larger value is better.
         patience: measurements in a row without an improvement, >= 1.
         min_delta: an improvement is more than this, >= 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from torchweld.checkpoint import value_here
 from torchweld.errors import InvalidArgument
 
 
@@ -43,7 +44,7 @@ def check_measured(monitor: str, who: str, *, validates: bool, epochs_end: bool)
 
 
 def value_of(monitor: str, metrics: Mapping[str, float], who: str) -> float:
-    """Return the metric.
+    """Return the metric where it was measured anew; its mean over the epoch, where it has one.
 
     Raises:
         InvalidArgument: the run has no such metric; lists those that it has.
@@ -53,7 +54,7 @@ def value_of(monitor: str, metrics: Mapping[str, float], who: str) -> float:
             f"{who}(monitor={monitor!r}): the run has no such metric; it has "
             f"{', '.join(sorted(metrics))}"
         )
-    return metrics[monitor]
+    return float(value_here(monitor, metrics))
 
 
 def check_mode(mode: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torchweld.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from torchweld.interfaces import Border, Run
+    from torchweld.interfaces import Border, ModelHandle, Run
 
 
 class Unfreeze:
@@ -21,16 +21,19 @@ class Unfreeze:
     Args:
         names: beginnings of canonical parameter names, e.g. ``"backbone."``.
         at_epoch: the first epoch in which they are trained, counted from 0.
+        model: which model of a run of several, by its name there.
     """
 
-    def __init__(self, names: str | Sequence[str], *, at_epoch: int) -> None:
+    def __init__(
+        self, names: str | Sequence[str], *, at_epoch: int, model: str | None = None
+    ) -> None:
         if at_epoch < 1:
             raise InvalidArgument(
                 f"at_epoch={at_epoch}: epochs count from 0, and what is trained from the first on "
                 "need not be frozen; give at least 1"
             )
         self.names = (names,) if isinstance(names, str) else tuple(names)
-        self.at_epoch = at_epoch
+        self.at_epoch, self.model = at_epoch, model
         self._done = False
 
     def at(self, border: Border, run: Run) -> None:
@@ -46,8 +49,21 @@ class Unfreeze:
             parameter.requires_grad_(True)
         run.say(f"epoch {border.progress.epoch + 1}: {len(parameters)} parameters are trained now")
 
+    def __repr__(self) -> str:
+        of = "" if self.model is None else f", model={self.model!r}"
+        return f"Unfreeze({list(self.names)}, at_epoch={self.at_epoch}{of})"
+
     def _chosen(self, run: Run) -> list[tuple[str, Any]]:
-        return [(n, p) for n, p in run.model.named_parameters() if n.startswith(self.names)]
+        named = self._handle(run).named_parameters()
+        return [(name, p) for name, p in named if name.startswith(self.names)]
+
+    def _handle(self, run: Run) -> ModelHandle:
+        if self.model is None and len(run.models) == 1:
+            return run.model
+        if self.model is None or self.model not in run.models:
+            which = ", ".join(f"model={name!r}" for name in run.models)
+            raise InvalidArgument(f"{self}: say of which model of this run ({which})")
+        return run.models[self.model]
 
     def _check(self, border: Border, run: Run) -> None:
         """Refuse before step 1 what could not work.
@@ -55,21 +71,23 @@ class Unfreeze:
         Raises:
             InvalidArgument: the strategy, the names, or nothing is frozen.
         """
-        strategy, asked = run.plan.strategy, f"Unfreeze({list(self.names)}, at_epoch=…)"
+        strategy = run.plan.strategy
         assert strategy is not None
         if "params.may_unfreeze" not in strategy.claims(run.plan.settings).provides:
             raise InvalidArgument(
-                f"{asked}: strategy {strategy.name!r} does not provide 'params.may_unfreeze'; make "
+                f"{self}: strategy {strategy.name!r} does not provide 'params.may_unfreeze'; make "
                 "two runs of it, the second with init_weights= of what the first exported"
             )
-        chosen = self._chosen(run)
+        chosen, handle = self._chosen(run), self._handle(run)
+        if handle.optimizer is None:
+            raise InvalidArgument(f"{self}: this model has no optimizer that could train it")
         if not chosen:
-            known = ", ".join(name for name, _ in run.model.named_parameters())
-            raise InvalidArgument(f"{asked}: no parameter has such a name (there are {known})")
+            known = ", ".join(name for name, _ in handle.named_parameters())
+            raise InvalidArgument(f"{self}: no parameter has such a name (there are {known})")
         early = border.progress.epoch < self.at_epoch
         trained = [name for name, parameter in chosen if parameter.requires_grad]
         if early and trained:
             raise InvalidArgument(
-                f"{asked}: {trained[0]!r} is trained already; freeze it before fit with "
+                f"{self}: {trained[0]!r} is trained already; freeze it before fit with "
                 "requires_grad_(False)"
             )

@@ -7,7 +7,18 @@ nothing is gathered. ``format`` draws the directory, ``state`` says what a compo
 from __future__ import annotations
 
 from torchweld.checkpoint.export import export_shards, export_weights, load_weights
-from torchweld.checkpoint.find import Skipped, best, checkpoints, complete, last, prune, remove
+from torchweld.checkpoint.find import (
+    Skipped,
+    best,
+    checkpoints,
+    complete,
+    headers,
+    last,
+    of_epoch,
+    prune,
+    remove,
+    value_here,
+)
 from torchweld.checkpoint.format import find_damage, is_checkpoint
 from torchweld.checkpoint.reader import Checkpoint
 from torchweld.checkpoint.report import describe, inspect
@@ -29,13 +40,16 @@ __all__ = [
     "export_shards",
     "export_weights",
     "find_damage",
+    "headers",
     "inspect",
     "is_checkpoint",
     "last",
     "load_weights",
+    "of_epoch",
     "prune",
     "rank_name",
     "remove",
     "snapshot",
+    "value_here",
     "write",
 ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,15 @@ def best(
     ]
     scored.sort(key=_by_score)  # stable: newest first among equals
     return _first_intact([path for _, path in scored], model_digest)
+
+
+def headers(paths: Iterable[Path]) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Return those of ``paths`` that are complete checkpoints, each with its header."""
+    found = []
+    for path in paths:
+        with suppress(CheckpointError):
+            found.append((path, read_manifest(path)["header"]))
+    return found
 
 
 def remove(path: Path) -> None:
@@ -181,10 +191,24 @@ def _age(candidate: tuple[Path, Mapping[str, Any] | None]) -> tuple[float, int, 
 
 
 def _score(manifest: Mapping[str, Any] | None, monitor: str) -> float | None:
-    value = manifest["header"].get("metrics", {}).get(monitor) if manifest else None
+    value = value_here(monitor, manifest["header"].get("metrics", {})) if manifest else None
     if not isinstance(value, (int, float)) or math.isnan(value):
         return None
     return float(value)
+
+
+def of_epoch(name: str) -> str:
+    """The name of a metric's mean over an epoch."""
+    return f"{name}/epoch"
+
+
+def value_here(monitor: str, metrics: Mapping[str, Any]) -> Any:
+    """What a metric that is followed counts as; at the end of an epoch its mean over the epoch.
+
+    One of validation (``val_…``) is always of a whole data set. None where there is none.
+    """
+    here = metrics.get(monitor)
+    return here if monitor.startswith("val_") else metrics.get(of_epoch(monitor), here)
 
 
 def _by_score(scored: tuple[float, Path]) -> float:

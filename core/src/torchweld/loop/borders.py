@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torchweld.model.parameters import TrainableWatch
 from torchweld.processes.ending import signal_name
 
 if TYPE_CHECKING:
-    from torchweld.interfaces import Loader
+    from torchweld.interfaces import Callback, Loader
     from torchweld.loop.run import TrainingRun
 
 
@@ -37,6 +37,7 @@ class Borders:
         self._run = run
         self._wiring = run.wiring
         self.metrics: dict[str, float] = {}
+        self._measured: dict[str, float] = {}  # since the last reduction, at its step
         self.stop_asked = self.preempted = False
         self.saver = BesideSaver()
         timers = [c for c in run.wiring.callbacks if isinstance(c, Timer)]
@@ -120,6 +121,8 @@ class Borders:
         self._check_trainable()
         step = self._run.position.step
         self._reduce()
+        if "epoch_end" in kinds:
+            self._take(self._wiring.recorder.end_epoch())
         if "eval_end" in kinds:
             self._validate()
         if kinds & {"epoch_end", "eval_end"} or self._wiring.table.log_is_due(step):
@@ -145,15 +148,17 @@ class Borders:
             self.saver.wait()
         self._reduced_at = self._run.position.step
         self._run.position.samples += totals.samples
-        self.metrics.update(totals.metrics)
         seconds = time.monotonic() - self._since
+        found = dict(totals.metrics)
         if totals.samples and seconds > 0:
-            self.metrics["samples_per_second"] = totals.samples / seconds
-        self.metrics["epoch"] = float(self._run.position.epoch)
-        self.metrics["memory_gib"] = peak_memory_gib(self._run.env.device)
-        self.metrics.update(learning_rates(self._wiring.optimizers))
+            found["samples_per_second"] = totals.samples / seconds
+        found["epoch"] = float(self._run.position.epoch)
+        found["memory_gib"] = peak_memory_gib(self._run.env.device)
+        found.update(learning_rates(self._wiring.optimizers))
         for callback in self._extra:
-            self.metrics.update(callback.extra_metrics(self._run))
+            found.update(callback.extra_metrics(self._run))
+        self.metrics.update(found)
+        self._measured = found
         self._run.stopping |= totals.stop or totals.end
         if self._timer is not None and self._timer.agree(totals.seconds, self._reduced_at):
             self._end_of_time(self._timer)
@@ -166,6 +171,14 @@ class Borders:
                 f"{self._run.position.step}: lower the learning rate or clip gradients "
                 "(gradient_clip_val=1.0)"
             )
+
+    def _take(self, found: Mapping[str, float]) -> None:
+        self.metrics.update(found)
+        self._measured.update(found)
+
+    def measured(self) -> dict[str, float]:
+        """What was measured at this very step: the rest of ``metrics`` is of earlier weights."""
+        return dict(self._measured) if self._reduced_at == self._run.position.step else {}
 
     def _end_of_time(self, timer: Timer) -> None:
         if not self._run.stopping and not self._is_complete():
@@ -212,7 +225,7 @@ class Borders:
     def _validate(self) -> None:
         self._call({"eval_start"})
         doing, self._run.where["doing"] = self._run.where["doing"], "validation"
-        self.metrics.update(self._validation_metrics())
+        self._take(self._validation_metrics())
         self._run.where["doing"] = doing
         self._validated_at = self._run.position.step
 
@@ -234,9 +247,10 @@ class Borders:
 
     # ---- callbacks, loggers, the end ------------------------------------------------------------
 
-    def _call(self, kinds: set[str]) -> None:
-        border = Border(frozenset(kinds), self._run.progress, dict(self.metrics))
-        for callback in self._wiring.callbacks:
+    def _call(self, kinds: set[str], callbacks: Sequence[Callback] | None = None) -> None:
+        progress, measured = self._run.progress, frozenset(self._measured)
+        border = Border(frozenset(kinds), progress, dict(self.metrics), measured)
+        for callback in self._wiring.callbacks if callbacks is None else callbacks:
             callback.at(border, self._run)
 
     def _log(self, step: int) -> None:
@@ -274,10 +288,9 @@ class Borders:
         """Save what is there, however little time is left, and end."""
         saves = self._wiring.directory is not None
         path = self._run.save() if saves else None
-        border = Border(frozenset({"fit_end"}), self._run.progress, dict(self.metrics))
-        for callback in self._wiring.callbacks:
-            if not isinstance(callback, ModelCheckpoint):  # saved is saved, monitored or not
-                callback.at(border, self._run)
+        # Saved is saved, monitored or not.
+        others = [c for c in self._wiring.callbacks if not isinstance(c, ModelCheckpoint)]
+        self._call({"fit_end"}, others)
         self._end("aborted")
         number = self._run.end_asked.number
         who = signal_name(number) if number else "a signal to another process"

@@ -105,7 +105,8 @@ class Console:
         parts = [f"epoch {self._epoch(progress.epoch - 1)}", steps]
         if "samples_per_second" in metrics:
             parts.append(f"{metrics['samples_per_second']:,.0f} samples/s".replace(",", " "))
-        parts += [f"{name} {value}" for name, value in _shown(metrics).items()]
+        means = {n.removesuffix("/epoch"): v for n, v in metrics.items() if n.endswith("/epoch")}
+        parts += [f"{name} {value}" for name, value in _shown({**metrics, **means}).items()]
         self.say("   ".join([*parts, note] if note else parts))
 
     def clear(self) -> None:
@@ -125,5 +126,5 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, str]:
         if abs(value) >= 1000
         else f"{value:.3f}"
         for name, value in metrics.items()
-        if name.partition("/")[0] not in _HIDDEN
+        if name.partition("/")[0] not in _HIDDEN and not name.endswith("/epoch")
     }

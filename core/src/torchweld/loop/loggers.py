@@ -71,9 +71,8 @@ class CSVLogger:
     def _write_anew(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._file.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
+            rows = [[row.get(name, "") for name in self._columns] for row in self._rows]
+            csv.writer(file).writerows([self._columns, *rows])
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Write the run's hyper-parameters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +48,40 @@ def check_metrics(metrics: Mapping[str, Any], world_size: int) -> None:
             )
 
 
+def value_names(name: str, metric: Any) -> list[str]:
+    """Names of the values of a metric, as far as they are known before it is computed."""
+    if not is_metric_object(metric) or not hasattr(metric, "keys"):
+        return [name]
+    return [_joined(name, key) for key in metric.keys()]  # noqa: SIM118  # no mapping
+
+
+def check_value_names(values: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a value that another one, or the loss, would be overwritten by.
+
+    Args:
+        values: names of the values by the name of their metric.
+
+    Raises:
+        InvalidArgument: names the metric and says what to rename.
+    """
+    owners = {"loss": "the loss"}
+    for metric, names in values.items():
+        what = f"metric {metric!r}" if metric else "a collection"
+        for name in names:
+            if name in owners:
+                raise InvalidArgument(
+                    f"metrics: {what} has a value {name!r}, and {owners[name]} is measured under "
+                    "this name already, so that one would overwrite the other: rename it in "
+                    "metrics={…}, in a collection with MetricCollection({'other name': …}) or its "
+                    "prefix="
+                )
+            owners[name] = what
+
+
+def _joined(name: str, key: object) -> str:
+    return f"{name}_{key}" if name else f"{key}"
+
+
 def _reduces(metric: Any) -> bool:
     """Whether a metric object, or each in a collection, adds up over the ranks by itself."""
     if hasattr(metric, "sync"):
@@ -68,8 +102,11 @@ def computed(metrics: Mapping[str, Any], ranks: Ranks) -> dict[str, float]:
     with warnings.catch_warnings():
         # This rank may have had no sample; that all had none is an error of the evaluation.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-        for name, metric in objects.items():
-            found.update(_flat(name, metric.compute()))
+        values = {name: _flat(name, metric.compute()) for name, metric in objects.items()}
+    functions = {name: [name] for name in metrics.keys() - objects.keys()}
+    check_value_names({**functions, **values})
+    for one in values.values():
+        found.update(one)
     return found
 
 
@@ -119,14 +156,13 @@ def _flat(name: str, value: Any) -> dict[str, float]:
     A mapping (of a collection) becomes ``<name>_<key>``, or ``<key>`` where there is no name; a
     vector ``<name>_<index>``.
     """
-    prefix = f"{name}_" if name else ""
     if isinstance(value, Mapping):
         flat: dict[str, float] = {}
         for key, one in value.items():
-            flat.update(_flat(f"{prefix}{key}", one))
+            flat.update(_flat(_joined(name, key), one))
         return flat
     values = torch.as_tensor(value)
     if values.dim() == 0:
         return {name: float(values)}
     numbers = values.flatten().tolist()
-    return {f"{prefix}{place}": float(number) for place, number in enumerate(numbers)}
+    return {_joined(name, place): float(number) for place, number in enumerate(numbers)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchweld.checkpoint import of_epoch
 from torchweld.errors import LoopError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Recorder:
 
     Attributes:
         losses: detached losses of the running segment; the inner loops append.
+        epoch_sums: of the running epoch up to the last border, over all ranks: the sum and the
+            count behind the mean of each name.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -39,6 +42,7 @@ class Recorder:
         self._loss_sum: Tensor | None = None
         self._samples = 0
         self._named: dict[str, list[Any]] = {}
+        self.epoch_sums: dict[str, tuple[float, float]] = {}
 
     def note(self, scalars: Mapping[str, Any]) -> None:
         """Keep scalars by name; tensors stay on the device."""
@@ -92,7 +96,11 @@ class Recorder:
                 table[place] = measured
         loss, norm, samples, stops, ends, seconds, *signatures = self._ranks.sum(table).tolist()
         self._check_names(signature, signatures, names)
-        metrics = {"train_loss": loss / samples} if samples else {}
+        metrics, sums = {}, self.epoch_sums
+        if samples:
+            metrics["train_loss"] = loss / samples
+            before, counted = sums.get("train_loss", (0.0, 0.0))
+            sums["train_loss"] = before + loss, counted + samples
         if grad_norm is not None:
             metrics["grad_norm"] = norm / self._ranks.world_size
         metrics |= self._reduce_named(names)
@@ -112,10 +120,20 @@ class Recorder:
     def _reduce_named(self, names: list[str]) -> dict[str, float]:
         if not names:
             return {}
-        means = [self._mean(self._named[name]) for name in names]
-        table = self._ranks.sum(torch.stack(means)) / self._ranks.world_size
+        means = torch.stack([self._mean(self._named[name]) for name in names])
+        counts = means.new_tensor([len(self._named[name]) for name in names])
+        table = self._ranks.sum(torch.stack([means, counts])) / self._ranks.world_size
         self._named.clear()
-        return dict(zip(names, table.tolist(), strict=True))
+        found, numbers = (dict(zip(names, row, strict=True)) for row in table.tolist())
+        for name, mean in found.items():
+            before, counted = self.epoch_sums.get(name, (0.0, 0.0))
+            self.epoch_sums[name] = before + mean * numbers[name], counted + numbers[name]
+        return found
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return the means over the epoch that has ended, as ``<name>/epoch``, and begin anew."""
+        sums, self.epoch_sums = self.epoch_sums, {}
+        return {of_epoch(name): total / count for name, (total, count) in sums.items()}
 
     def _mean(self, values: list[Any]) -> Tensor:
         device = self._ranks.env.device

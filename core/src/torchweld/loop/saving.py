@@ -23,6 +23,7 @@ from torchweld.checkpoint import (
 )
 from torchweld.checkpoint.position import Reading, batch_here
 from torchweld.errors import CheckpointError, InvalidArgument
+from torchweld.loop.keeping import kept_names
 
 if TYPE_CHECKING:
     from torchweld.loop.run import TrainingRun
@@ -97,7 +98,9 @@ def _header(run: TrainingRun) -> dict[str, Any]:
         "plan": json.loads(run.plan.to_json()),
         "plan_digest": wiring.plan.digest,
         "model_digest": wiring.model_digest,
-        "metrics": encode(dict(run.borders.metrics), "the metrics")[0],
+        "metrics": encode(run.borders.measured(), "the metrics")[0],
+        "epoch_sums": encode(dict(wiring.recorder.epoch_sums), "the losses")[0],
+        "kept": kept_names(run),
         "groups": _groups(wiring),
         "makers": _makers(wiring),
         "hparams": encode(dict(wiring.hparams), "hparams")[0],
@@ -229,6 +232,7 @@ def restore_run(run: TrainingRun, checkpoint: Checkpoint) -> str:
     wiring, header = run.wiring, checkpoint.header
     _check_makers(wiring, checkpoint)
     _restore_position(run, header)
+    wiring.recorder.epoch_sums = dict(decode(header["epoch_sums"], {}))
     wiring.prepared.restore(checkpoint)
     same_world = header["data"]["world_size"] == wiring.ranks.world_size
     source = wiring.ranks.rank if same_world else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from torchweld.loop.timetable import Timetable
 
+_BY_METRIC = (
+    "LRSchedule(functools.partial(ReduceLROnPlateau, patience=5), monitor='val_loss'), given as "
+    "lr_scheduler=, says which and steps it"
+)
 _CALL = "it is called with (optimizer, total_steps): lambda optimizer, _: StepLR(optimizer, 30)"
 
 
@@ -26,12 +31,13 @@ class LRSchedule:
     Args:
         factory: ``(optimizer, total) -> scheduler``; ``total`` counts what the schedule is stepped
             by: optimizer steps, or epochs with ``interval="epoch"``. With ``monitor`` it is the
-            number of optimizer steps, or None where nobody knows it.
+            number of optimizer steps, or None where nobody knows it. ReduceLROnPlateau, or a
+            ``functools.partial`` of it, may be given as it is.
         interval: ``"step"``, after each optimizer step that was applied (fp16 skips some), which
             is the default; or ``"epoch"``, at the ends of epochs.
         monitor: the scheduler is stepped with this metric, as ReduceLROnPlateau is, each time it
             was measured anew: one of validation (``"val_…"``) after each validation, any other at
-            the ends of epochs. The value is equal on every process.
+            the ends of epochs, with its mean over the epoch. It is equal on every process.
 
     Raises:
         InvalidArgument: an unknown interval, or ``interval="step"`` with a metric.
@@ -42,11 +48,7 @@ class LRSchedule:
     monitor: str | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.factory):
-            raise InvalidArgument(
-                f"LRSchedule({type(self.factory).__name__}) belongs to an optimizer made before; "
-                "give a function (optimizer, total) -> scheduler"
-            )
+        refuse_made("LRSchedule(", self.factory, ")")
         if self.interval not in {None, "step", "epoch"}:
             raise InvalidArgument(f"interval={self.interval!r}: choose 'step' or 'epoch'")
         if self.monitor is not None and self.interval == "step":
@@ -54,6 +56,22 @@ class LRSchedule:
                 f"LRSchedule(interval='step', monitor={self.monitor!r}): no metric is measured in "
                 "every step; leave interval out"
             )
+
+
+def refuse_made(before: str, given: Any, after: str = "") -> None:
+    """Refuse a scheduler that was made already, of an optimizer that this run does not train with.
+
+    Raises:
+        InvalidArgument: says what to give in its place.
+    """
+    if callable(given):
+        return
+    how = "give a function (optimizer, total_steps) -> scheduler, or an LRSchedule"
+    if isinstance(given, ReduceLROnPlateau):
+        how = f"it needs a metric: {_BY_METRIC}"
+    raise InvalidArgument(
+        f"{before}{type(given).__name__}(…){after} belongs to an optimizer made before; {how}"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,9 +111,13 @@ def make_schedule(
     if given is None:
         return None
     asked = given if isinstance(given, LRSchedule) else LRSchedule(given)
+    plateau = _is_plateau(asked.factory)
+    if plateau and asked.monitor is None:
+        raise InvalidArgument(f"lr_scheduler=ReduceLROnPlateau needs a metric: {_BY_METRIC}")
     total = _total(asked, table, world_size)
+    arguments: tuple[Any, ...] = (optimizer,) if plateau else (optimizer, total)
     try:
-        scheduler = asked.factory(optimizer, total)  # type: ignore[arg-type]  # a run has one
+        scheduler = asked.factory(*arguments)
     except TypeError as error:
         raise InvalidArgument(f"lr_scheduler cannot be made ({error}): {_CALL}") from error
     if not hasattr(scheduler, "step"):
@@ -106,10 +128,15 @@ def make_schedule(
         return Schedule(scheduler, "metric", asked.monitor)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise InvalidArgument(
-            "lr_scheduler returned ReduceLROnPlateau, which needs a metric: say which with "
-            "LRSchedule(lambda optimizer, _: ReduceLROnPlateau(optimizer), monitor='val_loss')"
+            f"lr_scheduler returned ReduceLROnPlateau, which needs a metric: {_BY_METRIC}"
         )
     return Schedule(scheduler, asked.interval or "step")
+
+
+def _is_plateau(factory: Any) -> bool:
+    """Whether it is torch's class itself, whose second argument is no number of steps."""
+    plain = factory.func if isinstance(factory, partial) else factory
+    return isinstance(plain, type) and issubclass(plain, ReduceLROnPlateau)
 
 
 def _total(asked: LRSchedule, table: Timetable, world_size: int) -> int | None:

@@ -23,6 +23,7 @@ from torchweld.loop.computing import (
     with_names,
 )
 from torchweld.loop.evaluation import check_pair
+from torchweld.loop.keeping import hand_on
 from torchweld.loop.placing import bind_transform
 from torchweld.loop.run import TrainingRun
 from torchweld.loop.saving import check_savable, find_checkpoint, restore_run
@@ -63,6 +64,8 @@ def open_run(
     if request.ckpt_path is not None:
         checkpoint = find_checkpoint(wiring, request.ckpt_path, _monitored(wiring))
         wiring.console.say(restore_run(run, checkpoint))
+        if request.ckpt_path == "last":
+            hand_on(run, checkpoint)
         wiring = run.wiring
     _log_hparams(wiring)
     total = wiring.table.total_steps

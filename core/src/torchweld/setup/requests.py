@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchweld.errors import InvalidArgument
-from torchweld.loop.metric_objects import is_metric_object
-from torchweld.loop.schedules import LRSchedule
+from torchweld.loop.metric_objects import check_value_names, value_names
+from torchweld.loop.schedules import LRSchedule, refuse_made
 from torchweld.model.earlier import EarlierSurgeries
 from torchweld.model.names import canonical
 from torchweld.spelling import did_you_mean, listing
@@ -71,13 +71,8 @@ class FitRequest:
             )
         schedulers = self.lr_scheduler if self.names else {"": self.lr_scheduler}
         for scheduler in (schedulers or {}).values():
-            by_hand = scheduler is None or isinstance(scheduler, LRSchedule)
-            if not by_hand and not callable(scheduler):
-                raise InvalidArgument(
-                    f"lr_scheduler={type(scheduler).__name__}(…) belongs to an optimizer made "
-                    "before; give a function (optimizer, total_steps) -> scheduler, or an "
-                    "LRSchedule"
-                )
+            if scheduler is not None and not isinstance(scheduler, LRSchedule):
+                refuse_made("lr_scheduler=", scheduler)
         check_functions(self, "loss", "step", "eval_step")
         if not self.names:
             check_functions(self, "param_groups")
@@ -186,16 +181,11 @@ def check_metric_names(metrics: Any) -> None:
     Raises:
         InvalidArgument: says what to give.
     """
-    if is_metric_object(metrics):  # a collection, which has names of its own
-        return
     if not isinstance(metrics, Mapping):
         raise InvalidArgument(
             f"metrics={metrics!r} has no names: give a mapping such as {{'accuracy': accuracy}}"
         )
-    if "loss" in metrics:
-        raise InvalidArgument(
-            "metrics={'loss': …}: the loss is measured under this name already; choose another"
-        )
+    check_value_names({name: value_names(name, metric) for name, metric in metrics.items()})
 
 
 def _check_loss_parameters(loss: Any, model: Any) -> None:
