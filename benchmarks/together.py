@@ -1,45 +1,54 @@
 """What each optimization brings to one training, and what all of them bring together.
 
-A network is trained on JPEG files in two processes: plainly, with each optimization alone, and
-with all of them. After each has taken two steps, so that code is imported and compiled, they take
-turns for several rounds in the same processes, clocked between the parts of every step::
+A small ResNet is trained on JPEG files in two processes: by hand (DistributedDataParallel and a
+DataLoader), the same by a Trainer ("plain"), with each optimization alone, and with all of them.
+After each has taken two steps, so that code is imported and compiled, they take turns for several
+rounds in the same processes, clocked between the parts of every step::
 
-    python -m benchmarks.together [--rounds 2] [--epochs 3] [--images 1797]
+    python -m benchmarks.together [--rounds 5] [--images 1000]
+
+It ends with the tables of ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
-from examples.article import (
-    BATCH,
-    RANK,
-    load_images,
-    make_model,
-    make_optimizer,
-    write_images,
-)
+from benchmarks.together_report import print_report
+from examples.article import RANK, write_images
 from torchweld import Trainer, use
 
 if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
+    from torchweld.loop.run import TrainingRun
 
-STAGES = ("data", "forward", "backward", "step")
-DATA = {"torch": use("torch", batch_size=BATCH, num_workers=1)}
+BATCH = 32  # images a process and step
+SIZE = 96  # pixels of what is trained on; the files have 192
+WIDTH = 24  # channels of the first block
+STAGES = ("data", "batch", "forward", "loss", "backward", "step")
 SURGERIES = ("blurpool", "channels_last", "cutmix", "label_smoothing")
 # name: strategy, data, surgeries
 CHOICES: Mapping[str, tuple[str, str, Sequence[str]]] = {
@@ -51,39 +60,103 @@ CHOICES: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "all, deepspeed": ("deepspeed", "ffcv", SURGERIES),
     "all, fsdp": ("fsdp", "ffcv", SURGERIES),
 }
+BY_HAND = "by hand"
+make_optimizer = partial(AdamW, lr=1e-3)
+
+
+class Block(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, width: int, wider: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, wider, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(wider, wider, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(wider), nn.BatchNorm2d(wider)
+        around = [nn.Conv2d(width, wider, 1, stride, bias=False), nn.BatchNorm2d(wider)]
+        self.around = nn.Sequential(*around) if width != wider else nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, width, side, side)`` to ``(batch, wider, side / stride, side / stride)``."""
+        hidden = F.relu(self.norm1(self.conv1(inputs)))
+        return F.relu(self.norm2(self.conv2(hidden)) + self.around(inputs))
+
+
+def make_model() -> nn.Module:
+    """A ResNet of four blocks, 0.7 M parameters; what is strided in it will be blurred.
+
+    It is narrow and its images large, so that a parameter takes part in about as many operations a
+    step as in a ResNet-50 on large images: what a strategy does is paid for each parameter.
+    """
+    torch.manual_seed(1)
+    widths = [WIDTH, WIDTH, 2 * WIDTH, 4 * WIDTH, 8 * WIDTH]
+    blocks = [Block(width, wider, 1 if width == wider else 2) for width, wider in pairwise(widths)]
+    stem = nn.Conv2d(3, WIDTH, 7, stride=2, padding=3, bias=False)
+    return nn.Sequential(
+        stem, nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1), *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * WIDTH, 10),
+    )  # fmt: skip
+
+
+def load_images(folder: Path) -> ImageFolder:
+    """The usual data set of torchvision: a DataLoader reads it, and FFCV takes it over."""
+    changes = [
+        v2.RandomResizedCrop(SIZE, scale=(0.6, 1.0), antialias=True),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.3] * 3),
+    ]
+    return ImageFolder(str(folder), transform=v2.Compose(changes))
+
+
+# ---- the clock -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Clock:
     """What one training was seen to do.
 
+    The first step is in none of the sums: worker processes and threads begin in it.
+
     Attributes:
-        seconds: of each stage.
-        cpu: seconds of one core, of this process and its workers.
+        wall: seconds of each stage, on the clock.
+        cpu: seconds of one core in each stage, of the thread that trains.
+        beside: seconds of one core of everything else: worker processes, threads that read, the
+            exchange between processes.
         images: of this process.
-        losses: of the last epoch.
+        images_beside: the same with the first step, which ``beside`` cannot leave out.
+        losses: of each step.
         first: seconds from the start of the run to its first batch.
         held: bytes of weights and optimizer state on this process.
         peak: bytes of memory that this process took at most, above what it had before.
     """
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    cpu: float = 0.0
+    wall: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    cpu: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    beside: float = 0.0
     images: int = 0
+    images_beside: int = 0
     losses: list[float] = field(default_factory=list)
     first: float = 0.0
     held: int = 0
     peak: int = 0
+    _marks: tuple[float, float] = (0.0, 0.0)
 
-    @property
-    def rate(self) -> float:
-        """Images a second of all processes, which are as fast as each other."""
-        return 2 * self.images / sum(self.seconds.values())
+    def begin(self) -> None:
+        """Start, or start again after what does not count."""
+        self._marks = time.perf_counter(), time.thread_time()
 
-    @property
-    def cpu_rate(self) -> float:
-        """Images for a second of one core, which other work on the machine changes less."""
-        return self.images / self.cpu
+    def end(self, stage: str) -> None:
+        """Since the last mark it was ``stage``."""
+        wall, cpu = self._marks
+        self.begin()
+        self.wall[stage] += self._marks[0] - wall
+        self.cpu[stage] += self._marks[1] - cpu
+
+
+def all_cpu_seconds() -> float:
+    """Of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def reset_peak() -> None:
@@ -92,12 +165,6 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", "ascii")
     except OSError:
         return
-
-
-def cpu_seconds() -> float:
-    """Of this process and of its workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def memory(kind: str) -> int:
@@ -110,119 +177,169 @@ def memory(kind: str) -> int:
     return 1024 * int(found[0]) if found else 0
 
 
-def train(
-    name: str, data: ImageFolder, folder: Path, *, epochs: int = 1, batches: int | None = None
-) -> Clock:
-    """Train once, with the clock between the parts of every step."""
+@contextmanager
+def clocked() -> Iterator[Clock]:
+    """A clock around one training; what runs beside it is known when its workers have ended."""
+    clock = Clock()
+    reset_peak()
+    memory_before, all_before, own_before = memory("VmRSS"), all_cpu_seconds(), time.thread_time()
+    yield clock
+    clock.beside = (all_cpu_seconds() - all_before) - (time.thread_time() - own_before)
+    clock.peak = memory("VmHWM") - memory_before
+
+
+# ---- trainings -----------------------------------------------------------------------------------
+
+
+def read(batches: Iterator[Any], clock: Clock, began: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with the stages ``data`` (and, by a Trainer, ``batch``) before each."""
+    for step in range(sys.maxsize):
+        batch = next(batches, None)
+        if batch is None:
+            return
+        if step == 0:
+            clock.first = time.perf_counter() - began
+        if step == 1:  # the first step and all before it do not count
+            clock.wall, clock.cpu, clock.images = (
+                dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0), 0,
+            )  # fmt: skip
+            clock.begin()
+        clock.end("data")
+        clock.images += len(batch[0])
+        clock.images_beside += len(batch[0])
+        yield batch
+
+
+def train_by_hand(data: ImageFolder, steps: int | None = None) -> Clock:
+    """Plain PyTorch, as its tutorials have it."""
+    with clocked() as clock:
+        began = time.perf_counter()
+        sampler: DistributedSampler[Any] = DistributedSampler(data, seed=1)
+        loader = DataLoader(data, BATCH, sampler=sampler, num_workers=1)
+        model = DistributedDataParallel(make_model())
+        optimizer = make_optimizer(model.parameters())
+        clock.begin()
+        for step, (inputs, targets) in enumerate(read(iter(loader), clock, began), start=1):
+            outputs = model(inputs)
+            clock.end("forward")
+            loss = F.cross_entropy(outputs, targets)
+            clock.end("loss")
+            loss.backward()
+            clock.end("backward")
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.end("step")
+            clock.losses.append(loss.item())
+            clock.begin()
+            if step == steps:
+                break
+        state = [value for each in optimizer.state.values() for value in each.values()]
+        tensors = [*model.parameters(), *(value for value in state if value.dim() > 0)]
+        clock.held = sum(each.nbytes for each in tensors)
+    return clock
+
+
+def train(name: str, data: ImageFolder, folder: Path, steps: int | None = None) -> Clock:
+    """The same by a Trainer, with what is chosen."""
     strategy, source, surgery = CHOICES[name]
-    ffcv = use("ffcv", batch_size=BATCH, cache_dir=str(folder / "converted"))
+    sources = {
+        "torch": use("torch", batch_size=BATCH, num_workers=1),
+        "ffcv": use("ffcv", batch_size=BATCH, cache_dir=str(folder / "converted")),
+    }
     trainer = Trainer(
         strategy=strategy,
-        data=DATA.get(source, ffcv),
+        data=sources[source],
         surgery=list(surgery),
-        max_epochs=epochs,
-        limit_train_batches=batches,
+        max_epochs=1,
+        limit_train_batches=steps,
         accelerator="cpu",
         barebones=True,
         seed=1,
     )
-    clock, steps = Clock(), math.ceil(len(data) / BATCH / 2)
-    reset_peak()
-    before, clock.cpu = memory("VmRSS"), -cpu_seconds()
-    began = time.perf_counter()
-    with trainer.prepare(make_model, data, loss=F.cross_entropy, optimizer=make_optimizer) as run:
-        marks = [began]
-        for step, (inputs, targets) in enumerate(run.batches()):
-            marks = [marks[-1], time.perf_counter()]
-            loss = run.loss(run.model(inputs), targets)
-            marks.append(time.perf_counter())
-            run.backward(loss)
-            marks.append(time.perf_counter())
-            run.step()
-            marks.append(time.perf_counter())
-            if step == 0:
-                clock.first = marks[1] - began
-            clock.images += len(inputs)
-            for stage, since, now in zip(STAGES, marks, marks[1:], strict=False):
-                clock.seconds[stage] += now - since
-            if step >= steps * (epochs - 1):
-                clock.losses.append(float(loss.detach()))
-        held = run.model.bytes_per_rank()
-        clock.held = held["parameters"] + held["optimizer"]
-    clock.cpu += cpu_seconds()
-    clock.peak = memory("VmHWM") - before
+    with clocked() as clock:
+        began = time.perf_counter()
+        given: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": make_optimizer}
+        with trainer.prepare(make_model, data, **given) as run:
+            _clock_transform(run, clock)
+            clock.begin()
+            for inputs, targets in read(run.batches(), clock, began):
+                outputs = run.model(inputs)
+                clock.end("forward")
+                loss = run.loss(outputs, targets)
+                clock.end("loss")
+                run.backward(loss)
+                clock.end("backward")
+                run.step()
+                clock.end("step")
+                clock.losses.append(loss.item())
+                clock.begin()
+            held = run.model.bytes_per_rank()
+            clock.held = held["parameters"] + held["optimizer"]
     return clock
 
 
-Rates = Mapping[str, float]
+def _clock_transform(run: TrainingRun, clock: Clock) -> None:
+    """Tell what surgeries do to a batch from its reading."""
+    feed = run.wiring.feed
+    transform = feed.transform
+    if transform is None:
+        return
+
+    def timed(batch: Any) -> Any:
+        clock.end("data")
+        batch = transform(batch)
+        clock.end("batch")
+        return batch
+
+    feed.transform = timed
+    feed.batches = map(timed, feed._raw)
 
 
-def print_table(clocks: Mapping[str, Sequence[Clock]]) -> None:
-    """Medians over the rounds; the first batch, memory and loss of the last one."""
-    rates = {name: statistics.median(c.rate for c in each) for name, each in clocks.items()}
-    cpu = {name: statistics.median(c.cpu_rate for c in each) for name, each in clocks.items()}
-    heads = ("img/s", "ratio", "img/CPU-s", "ratio", "first s", "peak MB", "held MB", "loss")
-    print(f"\n{'':16}" + "".join(f"{head:>10}" for head in heads))
-    for name, each in clocks.items():
-        last = each[-1]
-        print(
-            f"{name:16}{rates[name]:10,.0f}{rates[name] / rates['plain']:10.2f}"
-            f"{cpu[name]:10,.0f}{cpu[name] / cpu['plain']:10.2f}{last.first:10.2f}"
-            f"{last.peak / 1e6:10.0f}{last.held / 1e6:10.2f}{statistics.mean(last.losses):10.3f}"
-        )
-    print(f"\n{'ms a step':16}" + "".join(f"{stage:>10}" for stage in STAGES))
-    for name, each in clocks.items():
-        print(f"{name:16}" + "".join(f"{ms:10.1f}" for ms in stage_times(each).values()))
-    for name in ("all, deepspeed", "all, fsdp"):
-        print_compounding(name, rates, "second")
-        print_compounding(name, cpu, "CPU-second")
-        stages = stage_times(clocks[name])
-        limit = max(stages, key=lambda stage: stages[stage])
-        print(f"  most time: {limit}, {100 * stages[limit] / sum(stages.values()):.0f} %")
+# ---- all of them ---------------------------------------------------------------------------------
 
 
-def stage_times(clocks: Sequence[Clock]) -> dict[str, float]:
-    """Milliseconds of a step in each stage, medians over the rounds."""
-    return {
-        stage: statistics.median(1000 * c.seconds[stage] * BATCH / c.images for c in clocks)
-        for stage in STAGES
-    }
-
-
-def print_compounding(name: str, rates: Rates, unit: str) -> None:
-    """Compare all together with the product of each alone."""
-    alone = [rates[each] / rates["plain"] for each in ("ffcv", CHOICES[name][0], *SURGERIES)]
-    together, product = rates[name] / rates["plain"], math.prod(alone)
-    print(
-        f"{name}, images a {unit}: {together:.2f} times plain, product of each alone "
-        f"{product:.2f}, ratio {together / product:.2f}"
-    )
+def in_turn(names: list[str], number: int) -> list[str]:
+    """The order of one round: ``plain`` three times, as every ratio is one to it."""
+    at = number * 4 % len(names)
+    others = [name for name in names[at:] + names[:at] if name != "plain"]
+    third = len(others) // 3
+    return [
+        "plain", *others[:third], "plain", *others[third : 2 * third], "plain", *others[2 * third :]
+    ]  # fmt: skip
 
 
 def measure(options: Any, folder: Path) -> None:
     """Be one of the processes."""
-    train_folder, val_folder = write_images(folder, options.images)
-    data, _ = load_images(train_folder, val_folder)
-    clocks: dict[str, list[Clock]] = {name: [] for name in CHOICES}
-    for name in CHOICES:
-        train(name, data, folder, batches=2)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    train_folder, _ = write_images(folder, options.images)
+    data = load_images(train_folder)
+    trainings: dict[str, Callable[..., Clock]] = {BY_HAND: partial(train_by_hand, data)}
+    trainings |= {name: partial(train, name, data, folder) for name in CHOICES}
+    clocks: dict[str, list[Clock]] = {name: [] for name in trainings}
+    for name in trainings:
+        trainings[name](steps=2)
     for number in range(options.rounds):
-        names = list(CHOICES)
-        for name in names[number:] + names[:number]:
-            clocks[name].append(train(name, data, folder, epochs=options.epochs))
+        for name in in_turn(list(trainings), number):
+            clocks[name].append(trainings[name]())
+            torch.distributed.barrier()
             if RANK == 0:
-                rate = clocks[name][-1].rate
-                print(f"round {number + 1}  {name:16}{rate:9,.0f} images/s", flush=True)
+                seconds = sum(clocks[name][-1].wall.values())
+                print(f"round {number + 1}  {name:16}{seconds:8.2f} s", file=sys.stderr, flush=True)
     if RANK == 0:
-        print_table(clocks)
+        parts = {f"all, {each}": ("ffcv", each, *SURGERIES) for each in ("deepspeed", "fsdp")}
+        print_report(clocks, parts, BATCH)
+        said = " ".join(f"--{key} {getattr(options, key)}" for key in ("rounds", "images"))
+        packages = ("torch", "deepspeed", "ffcv", "mosaicml")
+        versions = ", ".join(f"{package} {version(package)}" for package in packages)
+        print(f"\nPython {platform.python_version()}, {versions}; {said}; medians")
 
 
 def main() -> None:
     """Start two processes, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=3, help="of each")
-    parser.add_argument("--images", type=int, default=1797)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "RANK" in os.environ:

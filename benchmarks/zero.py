@@ -1,11 +1,11 @@
 """What a step under ``deepspeed`` costs beside DeepSpeed's own engine, driven by hand.
 
 Every contestant trains the same GPT on the same tokens in processes of its own, because a ZeRO-3
-engine is never freed. The dataset is the clock: time and Python calls are counted between two of
-its fetches, after a warm-up. On CPUs the Python calls are what to look at; where CUDA is found the
-same command measures throughput and the memory held on the device.
+engine is never freed. The dataset is the clock: Python calls are counted, and then time is taken,
+between two of its fetches, after a warm-up. On CPUs the Python calls are what to look at; where
+CUDA is found the same command measures throughput and the memory held on the device.
 
-    python benchmarks/zero.py [--stages 1 2 3] [--processes 2] [--steps 60] [--rounds 3]
+    python benchmarks/zero.py [--stages 1 2 3] [--processes 2] [--steps 40] [--rounds 3]
     python benchmarks/zero.py --width 1024 --depth 12 --batch-size 8 --precision bf16   # on GPUs
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from socket import socket
 from types import FrameType
 from typing import Any, cast
 
@@ -31,11 +32,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 CONTEXT, VOCABULARY, HEADS = 64, 256, 4
-WARMUP = 10  # steps before the clock starts
+WARMUP = 10  # steps before anything is measured
+COUNTED = 20  # steps after it whose Python calls are counted, not timed
 CLIP = 1.0
 ADAMW = partial(AdamW, lr=1e-3)
 SECONDS = 1800.0
@@ -48,13 +56,11 @@ class Setup:
 
     Attributes:
         stage: of ZeRO.
-        steps: that are measured.
-        counts: whether Python calls are counted instead of time.
+        steps: that are timed.
     """
 
     stage: int
     steps: int
-    counts: bool
     width: int
     depth: int
     batch_size: int
@@ -126,7 +132,7 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, setup: Setup, world_size: int) -> None:
         self.setup, self.world_size, self.measured = setup, world_size, Measured()
         self.fetches = self.calls = 0
-        size = (WARMUP + setup.steps + 2) * setup.batch_size * world_size
+        size = (WARMUP + COUNTED + setup.steps + 2) * setup.batch_size * world_size
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(VOCABULARY, (size, CONTEXT + 1), generator=generator)
 
@@ -142,25 +148,25 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
         """A whole batch."""
         self.fetches += 1
         if self.fetches == WARMUP:
+            sys.setprofile(self._count)
+        elif self.fetches == WARMUP + COUNTED:
             self._start()
-        elif self.fetches == WARMUP + self.setup.steps:
+        elif self.fetches == WARMUP + COUNTED + self.setup.steps:
             self._stop()
         batch = self.tokens[indices]
         return batch[:, :-1], batch[:, 1:]
 
     def _start(self) -> None:
+        sys.setprofile(None)
         _wait_for_device()
         self.measured.seconds = -time.perf_counter()
-        if self.setup.counts:
-            sys.setprofile(self._count)
 
     def _stop(self) -> None:
-        sys.setprofile(None)
         _wait_for_device()
         seconds = (self.measured.seconds + time.perf_counter()) / self.setup.steps
         samples = self.setup.batch_size * self.world_size / seconds
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        self.measured = Measured(self.calls / self.setup.steps, seconds, samples, peak)
+        self.measured = Measured(self.calls / COUNTED, seconds, samples, peak)
 
     def _count(self, _frame: FrameType, event: str, _argument: object) -> None:
         self.calls += event == "call"
@@ -285,6 +291,7 @@ CONTESTANTS: dict[str, Callable[[Setup, Tokens, dict[str, Any]], None]] = {
     "torchweld own loop": torchweld_own_loop,
     "Lightning, barebones": lightning,
 }
+NEED_CUDA = {"Lightning, barebones"}  # its strategy refuses everything else
 
 
 # ---- one process ---------------------------------------------------------------------------------
@@ -304,12 +311,19 @@ def engine_config(setup: Setup) -> dict[str, Any]:
     return config
 
 
-def measure(name: str, setup: Setup, result: Path) -> None:
+def measure(rank: int, processes: int, port: int, name: str, setup: Setup, result: Path) -> None:
     """Run one contestant in this process; rank 0 writes what it measured."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)  # an exception is handed on by the launcher
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
     torch.set_num_threads(1)
-    data = Tokens(setup, int(os.environ["WORLD_SIZE"]))
+    data = Tokens(setup, processes)
     CONTESTANTS[name](setup, data, engine_config(setup))
-    if os.environ["RANK"] == "0":
+    if rank == 0:
         result.write_text(json.dumps(asdict(data.measured)), encoding="utf-8")
 
 
@@ -317,50 +331,67 @@ def measure(name: str, setup: Setup, result: Path) -> None:
 
 
 def launch(name: str, setup: Setup, processes: int) -> Measured | None:
-    """Run one contestant in processes of its own; None, and the reason shown, where it fails."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Run one contestant in processes of its own; None, and the reason shown, where it fails.
+
+    On CPUs they are forked from one process that has imported everything, which saves most of the
+    time of a run.
+    """
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    with tempfile.TemporaryDirectory() as folder, socket() as free:
         result = Path(folder) / "result.json"
-        job = json.dumps({"name": name, "setup": asdict(setup), "result": str(result)})
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), __file__, "--job", job]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-        if done.returncode == 0 and result.exists():
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        job = (processes, port, name, setup, result)
+        ranks = start_processes(measure, job, processes, join=False, start_method=method)
+        try:
+            _wait_for(ranks)
             return Measured(**json.loads(result.read_text(encoding="utf-8")))
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        print(f"left out: {name} ({(lines or ['no result'])[0].strip()})", file=sys.stderr)
-        return None
+        except (ProcessExitedException, ProcessRaisedException, OSError) as error:
+            reason = [line for line in str(error).splitlines() if "Error" in line] or ["no result"]
+            print(f"left out: {name} ({reason[-1].strip()})", file=sys.stderr)
+            return None
+
+
+def _wait_for(ranks: ProcessContext) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not ranks.join(timeout=deadline - time.monotonic()):
+        if time.monotonic() >= deadline:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"TimeoutError: not done in {SECONDS:.0f} s")
+
+
+def prepare() -> None:
+    """Say once, for all processes to come, what they find in place."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    multiprocessing.set_forkserver_preload(["torchweld_deepspeed.strategy", "deepspeed"])
 
 
 def compare(setup: Setup, processes: int, rounds: int, names: Sequence[str]) -> list[str]:
-    """Rows of the table for one stage: calls from one run, times from interleaved rounds."""
-    counting = Setup(**{**asdict(setup), "counts": True})
-    calls = {name: launch(name, counting, processes) for name in names}
-    works = [name for name in names if calls[name] is not None]
-    times: dict[str, list[Measured]] = {name: [] for name in works}
+    """Rows of the table for one stage, from interleaved rounds."""
+    found: dict[str, list[Measured]] = {name: [] for name in names}
     for number in range(rounds):
-        at = number % max(len(works), 1)
-        for name in works[at:] + works[:at]:
+        at = number % len(names)
+        for name in [*names[at:], *names[:at]]:
             measured = launch(name, setup, processes)
-            times[name] += [measured] if measured else []
-    bare = next(iter(calls.values()))
-    return [_row(setup, name, calls[name], bare, times[name]) for name in works if times[name]]
+            found[name] += [measured] if measured else []
+    bare = found[names[0]][0].calls if found[names[0]] else None
+    return [_row(setup, name, bare, found[name]) for name in names if found[name]]
 
 
-def _row(
-    setup: Setup, name: str, calls: Measured | None, bare: Measured | None, times: list[Measured]
-) -> str:
-    assert calls is not None
-    above = f"{calls.calls - bare.calls:+.1f}" if bare is not None else "-"
+def _row(setup: Setup, name: str, bare: float | None, times: list[Measured]) -> str:
+    calls = times[0].calls
+    above = f"{calls - bare:+.1f}" if bare is not None else "-"
     seconds = statistics.median(one.seconds for one in times)
     best = min(one.seconds for one in times)
     rate = max(one.samples_per_second for one in times)
     peak = max(one.peak_bytes for one in times)
     memory = f"{peak / 2**20:.0f}" if peak else "-"
     return (
-        f"| {setup.stage} | {name} | {calls.calls:.1f} | {above} "
+        f"| {setup.stage} | {name} | {calls:.1f} | {above} "
         f"| {1e3 * seconds:.2f} ({1e3 * best:.2f}) | {rate:.0f} | {memory} |"
     )
 
@@ -378,25 +409,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a step under deepspeed costs.")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="windows a process")
     parser.add_argument("--precision", default="32")
     parser.add_argument("--only", default="", help="contestants with this word in their name")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job is not None:
-        job = json.loads(options.job)
-        measure(job["name"], Setup(**job["setup"]), Path(job["result"]))
-        return
+    prepare()
     names = [name for name in CONTESTANTS if options.only in name or "by hand" in name]
+    if not torch.cuda.is_available():
+        names = [name for name in names if name not in NEED_CUDA]
     print("| stage | loop | calls | above by hand | ms (fastest) | samples/s | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for stage in options.stages:
         shape = (options.width, options.depth, options.batch_size, options.precision)
-        setup = Setup(stage, options.steps, False, *shape)
+        setup = Setup(stage, options.steps, *shape)
         for row in compare(setup, options.processes, options.rounds, names):
             print(row, flush=True)
     print(f"\n{', '.join(map(version_of, PACKAGES))}; {options.processes} processes")

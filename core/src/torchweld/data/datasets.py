@@ -108,4 +108,4 @@ class SeededByPlace(Dataset[Any]):
 
 def _seed(batch: Placed, place: int) -> None:
     entropy = np.random.SeedSequence([batch.seed, batch.epoch, place])
-    rng.seed_all(int(entropy.generate_state(1)[0]))
+    rng.seed_sample(int(entropy.generate_state(1)[0]))
