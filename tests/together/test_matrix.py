@@ -68,14 +68,13 @@ def test_the_judge_finds_an_ok_that_trains_something_else(
 def test_the_judge_finds_a_refusal_without_need(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sound choice that a surgery's claims refuse trains when it is forced."""
+    """What a device refuses is tried by hand; ``test_strangers.py`` forces what a plan refuses."""
     monkeypatch.setattr("tests.together.matrix.STRICTER", {})
-    cell = Cell("fairscale_sdp", surgeries=("gradient_clipping by value",))
 
-    row = bench.judge(cell)
+    row = bench.judge(Cell("single", precision="16"))
 
-    assert row.verdict == "refused"
-    assert not row.agrees
+    assert (row.verdict, row.agrees) == ("refused", False)
+    assert row.happened == "by hand it trains; nothing went wrong"
 
 
 # ---- the page ------------------------------------------------------------------------------------
