@@ -40,6 +40,7 @@ class Training:
         uses_branch: for each micro-batch whether ``models.Branching`` uses its branch.
         freezes: parameters of this prefix are frozen after the second step.
         schedule: ``optimizer -> scheduler``.
+        transforms: of the gradients, before they are clipped.
     """
 
     make_model: Callable[[], nn.Module] = models.mlp
@@ -52,6 +53,7 @@ class Training:
     uses_branch: Sequence[bool] = ()
     freezes: str = ""
     schedule: Callable[[Any], Any] | None = None
+    transforms: Sequence[Callable[[Any], None]] = ()
 
     def micro_batches(self, step: int) -> list[tuple[Batch, dict[str, bool]]]:
         """The global batches of one step, and how each goes in."""
@@ -88,7 +90,7 @@ def make_session(
         groups=make_groups(model, training.groups),
         optimizer=training.optimizer,
         optimizer_wrappers=training.wrappers,
-        grad_transforms=(),
+        grad_transforms=training.transforms,
         env=ranks.env,
         settings=training.settings,
     )
@@ -138,6 +140,8 @@ def by_hand(training: Training) -> Trained:
     for step in range(training.steps):
         _freeze(model.named_parameters(), training, step)
         _backward(model, training, step)
+        for transform in training.transforms:
+            transform(list(model.named_parameters()))
         if training.settings.gradient_clip_val is not None:
             limit = training.settings.gradient_clip_val
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit))

@@ -5,6 +5,8 @@ Every remedy stands beside a control: the same training with FairScale alone, wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,6 +153,24 @@ def test_raw_oss_norm_forgets_what_had_no_gradient_at_first() -> None:
 
     expected = float(by_hand(LATE_BRANCH).norms[1])
     assert abs(float(ranks[0].norms[1]) / expected - 1) > 0.01
+
+
+def clamped(named: Iterable[tuple[str, Any]]) -> None:
+    """What clips single elements, as Composer's GradientClipping by value."""
+    for _, parameter in named:
+        if parameter.grad is not None:
+            parameter.grad.clamp_(-0.005, 0.005)
+
+
+@BOTH
+def test_gradients_of_a_window_are_finished_when_they_are_transformed(component: Component) -> None:
+    """ShardedDDP itself leaves out what only earlier micro-batches of the window used."""
+    training = replace(EARLY_BRANCH, transforms=(clamped,))
+    unused = {"find_unused_parameters": True} if component is FAIRSCALE_OSS else {}
+    expected = by_hand(training)
+    assert difference(by_hand(EARLY_BRANCH).weights, expected.weights) > WRONG
+
+    check_equal(run_ranks(through_torchweld, 2, training, component, unused), expected)
 
 
 @BOTH

@@ -53,12 +53,16 @@ class SdpStrategy:
         notes = make_contiguous(model)
         oss = shard_optimizer(model, request)
         wrapped = self._wrap(model, oss, request.env)
+        gradients = OwnedGradients(oss, wrapped, request)
+        if request.grad_transforms:  # which are to see finished ones
+            transforms = (lambda _named: gradients.collect(), *request.grad_transforms)
+            request = replace(request, grad_transforms=transforms)
         prepared = prepare_replicated(
             model,
             replace(request, optimizer=lambda _groups: oss),
             wrapped=wrapped,
             window=_exchange_in_last(wrapped),
-            gradients=OwnedGradients(oss, wrapped, request),
+            gradients=gradients,
         )
         check_wrapped(prepared.optimizer, oss)
         # As of the last forward, which looks for what was frozen or unfrozen.
@@ -107,7 +111,8 @@ class OwnedGradients:
         """Reduce what the last micro-batch of a window left out.
 
         ShardedDDP reduces a gradient when the last backward adds to it. A layer that only earlier
-        micro-batches used would be stepped by its owner with the owner's own part.
+        micro-batches used would be stepped by its owner with the owner's own part. A second call
+        finds nothing left.
         """
         if not self._accumulates:
             return
