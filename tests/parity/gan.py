@@ -226,11 +226,10 @@ def hand_single(num_samples: int, **settings: Any) -> dict[str, Tensor]:
 
 
 def hand_ddp(num_samples: int, windows: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Several processes by hand, once for each size of a window; leaves no process group behind."""
-    dist.init_process_group("gloo")
-    found = [_hand_ddp(num_samples, accumulate) for accumulate in windows]
-    dist.destroy_process_group()
-    return found
+    """Several processes by hand, once for each size of a window, in the group of this job."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return [_hand_ddp(num_samples, accumulate) for accumulate in windows]
 
 
 def _hand_ddp(num_samples: int, accumulate: int) -> dict[str, Tensor]:

@@ -43,7 +43,6 @@ def _by_hand(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     data = make_data(SAMPLES)
     sampler: DistributedSampler[Any] = DistributedSampler(data, seed=SEED)
     by_hand(wrapped, DataLoader(data, BATCH, sampler=sampler), **settings)
-    dist.destroy_process_group()
     return weights(model)
 
 

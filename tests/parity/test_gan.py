@@ -42,14 +42,13 @@ def test_a_gan_resumed_in_the_middle_of_an_epoch_ends_bitwise_the_same(tmp_path:
 
 def _on_ranks(folder: Path) -> dict[str, dict[str, Tensor]]:
     """By hand and through torchweld, in windows, and interrupted."""
-    hand, hand_in_windows = hand_ddp(SHARED, [1, 2])
-    return {
-        "hand": hand,
-        "hand in windows": hand_in_windows,
-        "ddp": train("ddp", SHARED, folder / "ddp"),
+    found = {
+        "ddp": train("ddp", SHARED, folder / "ddp"),  # makes the group, which the others take
         "resumed": train("ddp", SHARED, folder / "resumed", resumes_after=7),
         "windows": train("ddp", SHARED, folder / "windows", accumulate_grad_batches=2),
     }
+    hand, hand_in_windows = hand_ddp(SHARED, [1, 2])
+    return {**found, "hand": hand, "hand in windows": hand_in_windows}
 
 
 def test_a_gan_under_ddp_equals_torch_ddp_by_hand_bitwise(tmp_path: Path) -> None:
