@@ -30,7 +30,7 @@ class Forks:
     def __init__(self, directory: Path, processes: list[BaseProcess]) -> None:
         self.directory, self.processes = directory, processes
 
-    def codes(self, seconds: float = 60.0) -> list[int | None]:
+    def codes(self, seconds: float = 240.0) -> list[int | None]:
         """Exit codes once all have ended; None for one that still runs after ``seconds``."""
         deadline = time.monotonic() + seconds
         for process in self.processes:

@@ -35,7 +35,7 @@ from torchweld.checkpoint import Checkpoint, find_damage, last
 GLOBAL_BATCH = 8
 NUM_SAMPLES = 48  # 6 steps an epoch
 _SAVE_SECONDS = 0.05  # about what one takes here
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 240.0
 
 
 Job = Callable[["Leg", float, str | None], None]

@@ -19,7 +19,8 @@ from tests.core.scripts import train_and_fail
 from tests.core.small_runs import left_over, saved
 from torchweld.checkpoint import last
 
-SOON = 10.0  # seconds, on a busy machine; 0.3 to 1.5 were measured on an idle one
+SOON = 60.0  # seconds, on any machine: 0.3 to 1.5 on an idle one; a collective waits half an hour
+PATIENCE_SECONDS = 240.0
 
 
 def launched(
@@ -35,7 +36,7 @@ def launched(
 def wait_for_harm(directory: Path, *ranks: int) -> float:
     """Wait until ``ranks`` have come to harm; returns when."""
     places = [directory / f"harmed-{rank}" for rank in ranks]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not all(place.exists() and place.read_text() for place in places):
         assert time.monotonic() < deadline, "nothing has happened"
         time.sleep(0.02)
@@ -134,7 +135,7 @@ def test_ranks_end_also_where_the_one_that_failed_goes_on_with_something_else(
     words = (tmp_path, "forward", "raise_and_stay", str(who))
     with launched(*words, TORCHWELD_TIMEOUT_SECONDS="2") as launch:
         harmed = wait_for_harm(tmp_path, who)
-        launch.processes[1 - who].join(30)
+        launch.processes[1 - who].join(PATIENCE_SECONDS)
         seconds = time.time() - harmed
         code = launch.processes[1 - who].exitcode
 
@@ -238,7 +239,7 @@ def _torchrun(directory: Path, *words: str) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 def test_torchrun_ends_with_the_reason_of_the_rank_that_failed(tmp_path: Path) -> None:
     with _torchrun(tmp_path, "forward", "raise_error", "1") as torchrun:
-        code = torchrun.wait(60)
+        code = torchrun.wait(PATIENCE_SECONDS)
 
     output = (tmp_path / "output.txt").read_text()
     assert code == 1
@@ -253,7 +254,7 @@ def test_torchrun_ends_all_ranks_on_ctrl_c(tmp_path: Path) -> None:
             assert torchrun.poll() is None, (tmp_path / "output.txt").read_text()
             time.sleep(0.05)
         os.killpg(torchrun.pid, signal.SIGINT)
-        code = torchrun.wait(60)
+        code = torchrun.wait(PATIENCE_SECONDS)
 
     assert code != 0
     assert "KeyboardInterrupt" in (tmp_path / "output.txt").read_text()

@@ -306,8 +306,8 @@ cached_beton(Numbers(Path(sys.argv[1]), gated=True), cache_dir=sys.argv[2])
 
     first.send_signal(signal.SIGKILL)
     (counts / "go").touch()
-    first.communicate(timeout=60)
-    _, said = second.communicate(timeout=120)
+    first.communicate(timeout=240)
+    _, said = second.communicate(timeout=240)
 
     assert "waiting for another process that converts to" in line
     assert "converted 60 samples" in said

@@ -325,7 +325,7 @@ except ConversionError as error:
 """
     process = start_script(script, str(tmp_path / "out.beton"))
 
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
 
     assert "File too large after" in output, errors
     assert list(tmp_path.iterdir()) == []
@@ -455,6 +455,6 @@ print(peak() - before)
 """
     process = start_script(script, str(tmp_path / "out.beton"))
 
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
 
     assert int(output) < 150, errors  # MiB; 309 MiB of pictures went through

@@ -69,7 +69,7 @@ def test_killed_conversion_leaves_no_process_no_file_no_memory(
     shared = [line for process in killed.left() for line in shared_memory_of(process)]
 
     killed.process.send_signal(number)
-    killed.process.communicate(timeout=60)
+    killed.process.communicate(timeout=240)
 
     wait_until(lambda: not killed.left())
     assert killed.process.returncode != 0
@@ -82,7 +82,7 @@ def test_ctrl_c_of_a_terminal_reaches_all_and_is_one_traceback(place: Path) -> N
     killed = Killed(place)
 
     os.killpg(killed.process.pid, signal.SIGINT)
-    _, errors = killed.process.communicate(timeout=60)
+    _, errors = killed.process.communicate(timeout=240)
 
     wait_until(lambda: not killed.left())
     assert errors.count("Traceback") == 1
@@ -94,7 +94,7 @@ def test_file_of_a_wholly_killed_conversion_never_had_a_name(place: Path) -> Non
     killed = Killed(place)
 
     os.killpg(killed.process.pid, signal.SIGKILL)
-    killed.process.communicate(timeout=60)
+    killed.process.communicate(timeout=240)
 
     wait_until(lambda: not killed.left())
     assert [path.name for path in place.parent.iterdir()] == [place.name]
@@ -103,7 +103,7 @@ def test_file_of_a_wholly_killed_conversion_never_had_a_name(place: Path) -> Non
 def test_file_of_a_wholly_killed_conversion_is_removed_by_the_next(place: Path) -> None:
     killed = Killed(place, NAMED)
     os.killpg(killed.process.pid, signal.SIGKILL)
-    killed.process.communicate(timeout=60)
+    killed.process.communicate(timeout=240)
     wait_until(lambda: not killed.left())
     assert len(leftovers(place.parent)) == 1
 
@@ -120,7 +120,7 @@ def test_file_of_a_conversion_that_still_runs_is_left_alone(place: Path) -> None
 
     assert len(leftovers(place.parent)) == 1
     running.process.kill()
-    running.process.communicate(timeout=60)
+    running.process.communicate(timeout=240)
     wait_until(lambda: not running.left())
 
 
@@ -129,7 +129,7 @@ def test_killed_worker_ends_the_conversion(place: Path) -> None:
     worker = next(pid for pid in killed.left() if pid != killed.process.pid)
 
     os.kill(worker, signal.SIGKILL)
-    _, errors = killed.process.communicate(timeout=60)
+    _, errors = killed.process.communicate(timeout=240)
 
     assert "a worker process was ended by SIGKILL at samples" in errors
     assert "the older file is as it was" in errors
@@ -150,7 +150,7 @@ def test_conversion_killed_at_any_moment_leaves_nothing(place: Path) -> None:
         time.sleep(chance.random() * chance.choice([0.1, 1.5]))
         process.send_signal(number)
 
-        process.communicate(timeout=20)
+        process.communicate(timeout=240)
         wait_until(lambda word=word: not processes_with(word))
 
         assert [path.name for path in place.parent.iterdir()] == [place.name], number

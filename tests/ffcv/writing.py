@@ -111,7 +111,7 @@ def processes_with(word: str) -> list[int]:
     return found
 
 
-def wait_until(condition: Any, seconds: float = 30.0) -> None:
+def wait_until(condition: Any, seconds: float = 120.0) -> None:
     """Look again and again, at most so long."""
     end = time.monotonic() + seconds
     while not condition():

@@ -22,7 +22,7 @@ class SharedTexts:
 
     def __init__(self, world_size: int) -> None:
         self._texts = [""] * world_size
-        self._barrier = threading.Barrier(world_size, timeout=10)
+        self._barrier = threading.Barrier(world_size, timeout=120)
 
     def of(self, rank: int) -> Exchange:
         return partial(self._exchange, rank)
