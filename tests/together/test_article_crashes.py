@@ -21,15 +21,14 @@ from tests.core.forking import forked_ranks
 from tests.core.killing import GLOBAL_BATCH, Leg, killed_while_saving, wait_for_save
 from tests.ffcv.writing import shared_memory_of
 from tests.together.matrix import FOUR
-from tests.together.matrix_choices import STRATEGIES, Images, make_net
+from tests.together.matrix_choices import STRATEGIES, Cell, Images, make_net
 from tests.together.matrix_runs import SEED, chosen
 from torchweld import Trainer, use
 from torchweld.callbacks import ModelCheckpoint
 
-CRASHED = ["ddp", "fsdp", "deepspeed stage 2"]
-SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in CRASHED if name != "fsdp"]
+SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in STRATEGIES if name != "fsdp"]
 NUM_SAMPLES = 40  # 5 steps an epoch, so that most checkpoints lie within one
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 
 
 def train(leg: Leg, _dropout: float, ckpt_path: str | None, *, cache: str) -> None:
@@ -66,7 +65,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def problems_of(directory: Path, strategy: str, cache: str, rounds: int) -> list[str]:
     name, options = STRATEGIES[strategy]
     job = partial(train, cache=cache)
-    return killed_while_saving(directory, name, options, rounds=rounds, job=job)
+    return killed_while_saving(
+        directory, name, options, world_size=Cell(strategy).world_size, rounds=rounds, job=job
+    )
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_a_killed_run_resumes_bitwise(cache: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("strategy", CRASHED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ten_runs_killed_at_random_moments_resume_bitwise(
     strategy: str, cache: str, tmp_path: Path
 ) -> None:
@@ -139,9 +140,9 @@ def test_ctrl_c_leaves_no_process_and_no_shared_memory(
     strategy: str, cache: str, tmp_path: Path
 ) -> None:
     name, options = STRATEGIES[strategy]
-    leg = Leg(name, 2, 10_000, options)
+    leg = Leg(name, Cell(strategy).world_size, 10_000, options)
     job = partial(train, cache=cache)
-    with forked_ranks(job, 2, leg, 0.0, None, directory=tmp_path) as processes:
+    with forked_ranks(job, leg.world_size, leg, 0.0, None, directory=tmp_path) as processes:
         wait_for_save(tmp_path / "runs", processes, 1)
         traces = Traces([process.pid for process in processes.processes if process.pid])
         processes.send(signal.SIGINT)

@@ -26,13 +26,21 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tests.composer.small_nets import algorithm, make_sgd, seed_all
 from tests.together.matrix import FOUR
 from tests.together.matrix_choices import STRATEGIES, Cell, Images, make_net
-from tests.together.matrix_runs import GLOBAL_BATCH, SEED, be_quiet, by_trainer
+from tests.together.matrix_runs import GLOBAL_BATCH, SEED, Outcome, be_quiet, by_trainer
 from torchweld import Trainer, use
 from torchweld.testing import run_ranks
 
 SECONDS = 200.0
 EPOCHS = 2
 DISTRIBUTED = [name for name in STRATEGIES if name != "single"]
+FOUR_TOLERANCE = 5e-7
+"""How far a weight may lie from that of the loop by hand, on four processes.
+
+The loop is DDP's, so ``ddp`` is bitwise; the others exchange gradients in other pieces, and gloo
+then adds up four numbers in another order, where two have one order only. Measured with six seeds
+under ``fsdp`` and ZeRO-2: at most 1.2e-7 after these four steps, the last bit of a weight between 1
+and 2, and 1.8e-7 after twenty; in bf16, which rounds most of it away, 0 and 1.2e-7.
+"""
 ALLOWED_CALLS = 9
 """Python calls a step that the stack may cost above Composer's objects called by hand.
 
@@ -112,15 +120,23 @@ def references() -> dict[tuple[str, int], Mapping[str, Tensor]]:
     return {}
 
 
-def check(strategy: str, precision: str, world_size: int, cache: str, references: Any) -> None:
+def trained(
+    strategy: str, precision: str, world_size: int, cache: str, references: Any
+) -> tuple[Outcome, Mapping[str, Tensor]]:
+    """What came of a Trainer, and of the loop by hand on as many processes."""
     key = precision, world_size
     if key not in references:
         references[key] = run_ranks(by_hand, world_size, precision, timeout_seconds=SECONDS)[0]
     cell = Cell(strategy, "ffcv", FOUR, precision, world_size)
     found = run_ranks(by_trainer, world_size, cell, cache, timeout_seconds=SECONDS)[0]
-
     assert found.verdict == ("ordered" if strategy in {"single", "ddp"} else "adjusted")
-    different = [n for n, w in references[key].items() if not torch.equal(w, found.weights[n])]
+    return found, references[key]
+
+
+def check(strategy: str, precision: str, world_size: int, cache: str, references: Any) -> None:
+    found, expected = trained(strategy, precision, world_size, cache, references)
+
+    different = [n for n, w in expected.items() if not torch.equal(w, found.weights[n])]
     assert different == []
 
 
@@ -134,27 +150,34 @@ def test_two_processes_end_with_the_bits_of_the_loop_by_hand(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32", "bf16"])
-@pytest.mark.parametrize("strategy", ["single", "fsdp", "deepspeed stage 2"])
+@pytest.mark.parametrize("precision", ["32", pytest.param("bf16", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_process_ends_with_the_bits_of_the_loop_by_hand(
     strategy: str, precision: str, cache: str, references: Any
 ) -> None:
     check(strategy, precision, 1, cache, references)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 @pytest.mark.parametrize("strategy", DISTRIBUTED)
-def test_four_processes_end_about_where_the_loop_by_hand_does(
-    strategy: str, precision: str, cache: str
+@pytest.mark.soak
+def test_four_processes_end_where_the_loop_by_hand_does(
+    strategy: str, precision: str, cache: str, references: Any
 ) -> None:
-    cell = Cell(strategy, "ffcv", FOUR, precision, 4)
-    expected = run_ranks(by_hand, 4, precision, timeout_seconds=SECONDS)[0]
+    check_four(strategy, precision, cache, references)
 
-    found = run_ranks(by_trainer, 4, cell, cache, timeout_seconds=SECONDS)[0]
 
-    # Four numbers are added up in another order by another way of exchanging them.
-    tolerance = {"32": 1e-6, "bf16": 1e-2}[precision]
+@pytest.mark.slow
+def test_four_processes_under_fsdp_end_where_the_loop_by_hand_does(
+    cache: str, references: Any
+) -> None:
+    check_four("fsdp", "32", cache, references)
+
+
+def check_four(strategy: str, precision: str, cache: str, references: Any) -> None:
+    found, expected = trained(strategy, precision, 4, cache, references)
+
+    tolerance = 0.0 if strategy == "ddp" else FOUR_TOLERANCE
     for name, weights in expected.items():
         torch.testing.assert_close(found.weights[name], weights, rtol=0, atol=tolerance)
 
