@@ -261,6 +261,17 @@ def plugin(session: nox.Session, name: str) -> None:
 
 
 @nox.session
+def newest(session: nox.Session) -> None:
+    """Test all plugins but composer at once on the newest torch, without torchvision."""
+    install_system_packages(session)
+    plugins = [name for name in PLUGINS if name != "composer"]
+    folders = ["core", *(f"plugins/{name}" for name in plugins)]
+    requirements = [*libraries(plugins), *PYTEST, *(f"--editable={folder}" for folder in folders)]
+    python = prepare(session, "newest", requirements, torch=torch_for([]), folders=folders)
+    run_pytest(session, python, "tests/together/test_without_composer.py")
+
+
+@nox.session
 def together(session: nox.Session) -> None:
     """Test everything installed at once, with core's own tests and those of older torch."""
     tests = [
@@ -316,7 +327,8 @@ def tests(session: nox.Session) -> None:
     """Run all that has to pass: the command that the README names."""
     install_system_packages(session)  # what cannot be installed is said before anything else
     plugins = [f"plugin({name})" for name in PLUGINS]
-    for name in ["lint", "style", "types", "pythons", "core", *plugins, "together", "build"]:
+    first = ["lint", "style", "types", "pythons", "core"]
+    for name in [*first, *plugins, "newest", "together", "build"]:
         session.notify(name)
 
 

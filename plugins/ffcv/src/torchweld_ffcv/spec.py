@@ -47,7 +47,7 @@ class Normalize:
 
 IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNIT = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""Floats in [0, 1]: what torchvision's ``ToTensor`` gives."""
+"""Floats in [0, 1]: what torchvision's ``v2.ToDtype(torch.float32, scale=True)`` gives."""
 
 
 @dataclass(frozen=True)
