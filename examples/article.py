@@ -2,18 +2,22 @@
 
 Start it with two processes, on a laptop or on GPUs::
 
-    torchrun --nproc-per-node 2 examples/article.py
+    torchrun --standalone --nproc-per-node 2 examples/article.py
 
 It writes handwritten digits over photographs into a folder of JPEG files, which are converted once;
 prints the plan; trains half under DeepSpeed's ZeRO-2; resumes that checkpoint under FSDP2; exports
 the weights, and reads them into a model without any of this. Then it trains the same network on the
 same files with DistributedDataParallel and a DataLoader, and prints what each of them came to.
+
+All of it lies below ``--root``, which may be deleted. Started again, also after an interruption, it
+takes the images and the converted files that are there, and trains anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -43,6 +47,7 @@ SIDE = 192  # pixels of a written image
 SIZE = 32  # pixels of what is trained on
 BATCH = 32  # images a process and step
 LEARNING_RATE = 6e-3
+FEWEST, MOST = 250, 1797  # images: with fewer not every digit is in both folders; so many there are
 RANK = int(os.environ.get("RANK", "0"))
 
 # The order does not matter: the plan finds the right one, and says why.
@@ -68,8 +73,10 @@ def pictures(count: int) -> Iterator[tuple[Image.Image, int]]:
 
 def write_images(root: Path, count: int) -> tuple[Path, Path]:
     """Make two folders of JPEG files with a folder a class; the first process for all of them."""
-    folder, partial_folder = root / "images", root / "images.partial"
+    folder = root / f"jpeg-{count}"
+    partial_folder = root / f"{folder.name}.partial"
     if RANK == 0 and not folder.exists():
+        shutil.rmtree(partial_folder, ignore_errors=True)  # of a run that was interrupted
         for index, (picture, digit) in enumerate(pictures(count)):
             split = "val" if index % 5 == 0 else "train"
             path = partial_folder / split / str(digit) / f"{index:04d}.jpg"
@@ -239,13 +246,31 @@ def accuracy_by_hand(model: nn.Module, val: ImageFolder) -> float:
     return right / len(val)
 
 
+def read_options() -> argparse.Namespace:
+    """What is on the command line; ends the program on what cannot be."""
+    parser = argparse.ArgumentParser(description="four libraries in one training")
+    parser.add_argument("--epochs", type=int, default=12, help="2 or more; half for each strategy")
+    parser.add_argument("--images", type=int, default=MOST, help=f"{FEWEST} to {MOST}")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/article"), help="folder for all that is written"
+    )
+    options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error(f"--epochs {options.epochs}: two strategies train half each; give 2 or more")
+    if not FEWEST <= options.images <= MOST:
+        parser.error(f"--images {options.images}: give a number from {FEWEST} to {MOST}")
+    try:
+        options.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--root {options.root}: {error.strerror}; give a folder that can be written")
+    if not os.access(options.root, os.W_OK):
+        parser.error(f"--root {options.root} cannot be written; give another folder")
+    return options
+
+
 def main() -> None:
     """Write images, train half, resume elsewhere, export; then the same by hand."""
-    parser = argparse.ArgumentParser(description="four libraries in one training")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--images", type=int, default=1797)
-    parser.add_argument("--root", type=Path, default=Path("runs/article"))
-    options = parser.parse_args()
+    options = read_options()
     data = load_images(*write_images(options.root, options.images))
 
     half = options.epochs // 2

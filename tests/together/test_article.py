@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from examples import article
 from tests.together.test_docs import ROOT, run
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -59,3 +62,41 @@ def test_exported_weights_are_those_of_the_run(printed: str) -> None:
     assert exported is not None
     # Of 100 images, which Pillow decodes and resizes a little differently.
     assert float(exported[1]) == pytest.approx(rows(printed)[1].accuracy, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--epochs 1", "--epochs 1: two strategies train half each; give 2 or more"),
+        ("--images 30", "--images 30: give a number from 250 to 1797"),
+        ("--images 2000", "--images 2000: give a number from 250 to 1797"),
+        ("--root taken", "--root taken: File exists; give a folder that can be written"),
+        ("--rooot x", "unrecognized arguments: --rooot x"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    words: str,
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["article.py", *words.split()])
+    Path("taken").touch()
+
+    with pytest.raises(SystemExit, match="2"):
+        article.read_options()
+
+    assert capsys.readouterr().err.endswith(f"article.py: error: {problem}\n")
+
+
+def test_images_are_written_anew_after_an_interruption_and_with_every_digit(tmp_path: Path) -> None:
+    left = tmp_path / f"jpeg-{article.FEWEST}.partial" / "train" / "another"
+    left.mkdir(parents=True)
+
+    train, val = article.load_images(*article.write_images(tmp_path, article.FEWEST))
+
+    assert train.classes == val.classes == [str(digit) for digit in range(10)]
+    assert len(train) + len(val) == article.FEWEST
+    assert [path.name for path in tmp_path.iterdir()] == [f"jpeg-{article.FEWEST}"]
