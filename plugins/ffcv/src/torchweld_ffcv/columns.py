@@ -183,28 +183,27 @@ class ImageReader:
         self._recipe = _recipe(spec, height, width)
         self._whole = libffcv_address("imdecode")
         self._part = 0 if spec.crop == "none" else _part_decoder(column, data, self._whole)
-        self._table = value_table(spec.normalize)
         self._channels_last = spec.layout == "channels_last"
+        self._target = _target(spec.normalize, planes=not self._channels_last)
+        self._dtype = np.dtype(np.float32 if spec.normalize else np.uint8)
         self.contract = FieldContract(
             field.name,
             (3, height, width),
-            self._table.dtype.name,
+            self._dtype.name,
             spec.layout or "contiguous",
-            float(self._table.min()),
-            float(self._table.max()),
+            *_range(self._target),
         )
 
     def allocate(self, count: int) -> Array:
         """One row a sample."""
         size = 3 * self._recipe.height * self._recipe.width
-        return self._memory.take((count, size), self._table.dtype)
+        return self._memory.take((count, size), self._dtype)
 
     def fill(self, rows: Rows, room: Array, part: slice) -> None:
         """Read them."""
         images = images_of(self._column, rows.numbers, self._data)
         run = Run(rows.seed, rows.epoch, self._whole, self._part)
-        target = Target(self._table, self._strides())
-        given = self._data.bytes, images, self._recipe, run, target
+        given = self._data.bytes, images, self._recipe, run, self._target
         warned = read_images(*given, (-1, room[part]))
         while warned >= 0:
             self._check_decodable(images, warned)
@@ -231,12 +230,6 @@ class ImageReader:
         if self._channels_last:
             return images.view(-1, height, width, 3).permute(0, 3, 1, 2)
         return images.view(-1, 3, height, width)
-
-    def _strides(self) -> tuple[int, int, int]:
-        height, width = self._recipe.height, self._recipe.width
-        if self._channels_last:
-            return 1, 3 * width, 3
-        return height * width, width, 1
 
 
 def images_of(column: Array, numbers: Array, data: FileData) -> Images:
@@ -306,18 +299,23 @@ def _recipe(spec: ImageSpec, height: int, width: int) -> windows.Recipe:
     )
 
 
-def value_table(normalize: Normalize | None) -> Array:
-    """What each value of a pixel becomes, shape (3, 256): float32, or uint8 as it is.
-
-    Calculated as torchvision's v2 does, in float32: ``(value * (1 / 255) - mean) / std``, bit for
-    bit.
-    """
-    values = np.arange(256, dtype=np.uint8)
+def _target(normalize: Normalize | None, *, planes: bool) -> Target:
+    """How pixels are written; without ``normalize`` as they are."""
     if normalize is None:
-        return np.ascontiguousarray(np.broadcast_to(values, (3, 256)))
-    unit = values.astype(np.float32) * np.float32(1 / 255)
-    mean, std = (np.asarray(each, np.float32)[:, None] for each in (normalize.mean, normalize.std))
-    return np.ascontiguousarray((unit - mean) / std)
+        zeros, ones = (np.float32(0),) * 3, (np.float32(1),) * 3
+        return Target(np.float32(1), zeros, ones, planes)
+    mean, std = (tuple(map(np.float32, each)) for each in (normalize.mean, normalize.std))
+    return Target(np.float32(1 / 255), mean, std, planes)
+
+
+def _range(target: Target) -> tuple[float, float]:
+    """The smallest and the largest value that can be written."""
+    ends = [
+        float((np.float32(value) * target.unit - mean) / std)
+        for mean, std in zip(target.mean, target.std, strict=True)
+        for value in (0, 255)
+    ]
+    return min(ends), max(ends)
 
 
 def field_readers(beton: Beton, spec: Spec, data: FileData, memory: Recycler) -> list[FieldReader]:
