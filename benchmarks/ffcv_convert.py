@@ -5,7 +5,7 @@ over the process and its workers, imports not included. FFCV's writer decodes an
 photo again; torchweld-ffcv keeps the bytes of the files. To compare like with like, the second row
 encodes again too, and writes what FFCV writes.
 
-    python benchmarks/ffcv_convert.py [--images 2000] [--rounds 3] [--workers 2]
+    python -m benchmarks.ffcv_convert [--images 2000] [--rounds 3] [--workers 2]
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,6 +28,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from benchmarks.scratch import scratch, terminable
 
 QUALITY = 90
 HEIGHT, WIDTH = 400, 500
@@ -122,10 +123,11 @@ def measure_one(way: str, folder: Path, target: Path, workers: int) -> None:
 
 def measure(way: str, folder: Path, target: Path, workers: int) -> dict[str, float]:
     """Convert in a fresh process."""
-    words = [sys.executable, __file__, "--way", way, str(folder), str(target)]
+    words = [sys.executable, "-m", "benchmarks.ffcv_convert", "--way", way]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*words, "--workers", str(workers)],
+        [*words, str(folder), str(target), "--workers", str(workers)],
+        cwd=Path(__file__).parents[1],
         env=environ,
         check=True,
         stdout=subprocess.PIPE,
@@ -160,8 +162,8 @@ def main() -> None:
     if given.way:
         measure_one(given.way[0], Path(given.way[1]), Path(given.way[2]), given.workers)
         return
-    with tempfile.TemporaryDirectory() as place:
-        folder, target = Path(place) / "photos", Path(place) / "out.beton"
+    with terminable(), scratch() as place:
+        folder, target = place / "photos", place / "out.beton"
         folder.mkdir()
         size = write_photos(folder, given.images)
         print(

@@ -14,7 +14,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from benchmarks.ffcv_candidates import (
     make_data,
     make_index,
 )
+from benchmarks.scratch import scratch, terminable
 
 WANTED = [  # (data, ours, the other, at least)
     ("jpeg", "ours", "v2", 1.9),
@@ -168,8 +168,7 @@ def main() -> None:
         print(TASKS[given.task](given.name, given.data, Path(given.directory)))
         return
     chosen = given.only or [*OF_DATA, "start"]
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
+    with terminable(), scratch() as directory:
         make_data(directory, given.images)
         results: dict[tuple[str, str], list[float]] = {}
         for _ in range(given.rounds):

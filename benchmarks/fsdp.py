@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from benchmarks.gpt_trainers import CUDA, DEVICE, TRAINERS, Job, Meter, Windows
 from benchmarks.overhead import silence, version_of
+from benchmarks.scratch import scratch, terminable
 from examples.gpt import CONTEXT, GPT
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -156,7 +157,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="trainers with this word in their name")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(launch())
+        with terminable(), scratch():
+            sys.exit(launch())
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if CUDA:

@@ -18,7 +18,6 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.scratch import scratch, terminable
 from benchmarks.together_report import print_report
 from examples.article import RANK, write_images
 from torchweld import Trainer, use
@@ -346,7 +346,7 @@ def main() -> None:
         measure(options, options.folder)
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with tempfile.TemporaryDirectory() as folder:
+    with terminable(), scratch() as folder:
         command = [*launcher, "-m", "benchmarks.together", *sys.argv[1:], f"--folder={folder}"]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=Path(__file__).parents[1], env=environ, check=True)

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import signal
+import tempfile
+from contextlib import ExitStack
 
 import pytest
 
+from benchmarks.scratch import scratch
 
-def pytest_configure() -> None:
-    """Let Ctrl-C reach the tests and what they start, also where a shell runs them in background.
 
-    Such a shell has it ignored, and every child inherits that; tests send it to each other.
-    """
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up what all tests need of their surroundings."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell that runs this in background has Ctrl-C ignored, and every child inherits that;
+        # tests send it to each other.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_tidy(config)
+
+
+def keep_tidy(config: pytest.Config) -> None:
+    """Have all that tests and their processes leave in the temporary directory removed.
+
+    Ranks that a test ends do not put away what torch has made for them when it was imported, and
+    torchrun leaves its logs. What pytest keeps of failed tests, and what torch compiled, stays.
+    """
+    home = tempfile.gettempdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", home)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/torchinductor_{getpass.getuser()}")
+    surroundings = ExitStack()
+    surroundings.enter_context(scratch())
+    config.add_cleanup(surroundings.close)
 
 
 @pytest.fixture(autouse=True)

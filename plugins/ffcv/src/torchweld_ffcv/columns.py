@@ -178,6 +178,8 @@ class ImageReader:
     ) -> None:
         self._name, self._column, self._data = field.name, column, data
         self._memory = memory
+        # All at once and in order: one batch after the other, this takes as long as its pixels.
+        data.sizes(np.sort(column["data_ptr"]))
         height, width = spec.size or _common_size(field.name, column, data)
         _refuse_too_small(field.name, column, spec)
         self._recipe = _recipe(spec, height, width)
@@ -237,10 +239,12 @@ def images_of(column: Array, numbers: Array, data: FileData) -> Images:
     found = column[numbers]
     starts, jpeg = found["data_ptr"].astype(np.uint64), found["mode"] == JPEG_MODE
     heights, widths = found["height"].astype(np.int64), found["width"].astype(np.int64)
-    whole = (3 * heights * widths).astype(np.uint64)
+    sizes = (3 * heights * widths).astype(np.uint64)  # which compiled code reads, stored or not
+    if jpeg.any():
+        sizes = np.where(jpeg, data.sizes(starts), sizes)
     return Images(
         starts,
-        np.where(jpeg, data.sizes(starts), whole),  # compiled code reads what height and width say
+        sizes,
         jpeg,
         heights,
         widths,

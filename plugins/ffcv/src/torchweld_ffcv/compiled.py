@@ -87,3 +87,22 @@ def c_function(*arguments: Any, returns: Any) -> Callable[..., Any]:
         return returns(types.uintp, given), generate
 
     return cast("Callable[..., Any]", call)
+
+
+@intrinsic
+def _prefetch(_context: Any, array: Any, _place: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        byte = ir.IntType(8).as_pointer()
+        address = builder.bitcast(builder.gep(data, [values[1]]), byte)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(function, [address, number(0), number(3), number(1)])  # to be read, and soon
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), generate
+
+
+prefetch = cast("Callable[..., Any]", _prefetch)
+"""``prefetch(array, place)``: begin to load ``array[place]`` from memory into the cache."""

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from torchweld_ffcv.compiled import c_function, compiled
+from torchweld_ffcv.compiled import c_function, compiled, prefetch
 from torchweld_ffcv.randomness import sample_key
 from torchweld_ffcv.resampling import find_taps, weighted_rows
 from torchweld_ffcv.windows import WHOLE, Recipe, Window, find_window, needed
 
 _UINT32 = types.uint32
 _ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)
+_LINE, _FETCHED = np.uint64(64), np.uint64(4096)  # bytes: of the cache; of the next image
 
 _imdecode = c_function(
     *(types.uintp, types.uint64, _UINT32, _UINT32, types.uintp),
@@ -116,6 +117,7 @@ def read_images(
     sums = np.empty(3 * images.widest, np.float32)
     for i in range(max(warned, 0), len(images.starts)):
         height, width = images.heights[i], images.widths[i]
+        _fetch_next(data, images, i)
         pixels = data[images.starts[i] : images.starts[i] + images.sizes[i]]
         key = sample_key(run.seed, run.epoch, images.numbers[i])
         window = find_window(recipe, height, width, key)
@@ -131,6 +133,17 @@ def read_images(
             pixels = part
         _write(pixels, target, out[i])
     return -1
+
+
+@compiled
+def _fetch_next(data: Any, images: Images, i: int) -> None:
+    """Have the beginning of the next image come from memory while this one is worked on.
+
+    A processor fetches what is read in order by itself, but images lie anywhere in the file.
+    """
+    if i + 1 < len(images.starts):
+        for place in range(np.uint64(0), min(images.sizes[i + 1], _FETCHED), _LINE):
+            prefetch(data, images.starts[i + 1] + place)
 
 
 @compiled

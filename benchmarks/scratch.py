@@ -1,0 +1,67 @@
+"""A place for all that a run writes, which is gone afterwards, also after a kill.
+
+Betons, checkpoints and logs of a benchmark take hundreds of MB, and processes that are ended leave
+behind what they had in the temporary directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+_PREFIX, _LOCK = "torchweld-scratch-", "lock"
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Make a directory, the temporary one of this process and of those that it starts.
+
+    What an earlier run has left that was killed is removed: nobody holds its lock any more.
+    """
+    before = os.environ.get("TMPDIR")
+    root = Path(tempfile.gettempdir())
+    _remove_left(root)
+    place = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+    lock = os.open(place / "unlocked", os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (place / "unlocked").rename(place / _LOCK)  # only now may others try it
+    os.environ["TMPDIR"] = tempfile.tempdir = str(place)
+    try:
+        yield place
+    finally:
+        tempfile.tempdir = None
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Leave by way of every ``finally`` when this process is asked to end, by ``timeout`` say."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove_left(root: Path) -> None:
+    for lock in root.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), lock.open("w") as file:  # another user's, or held, or just removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
