@@ -30,7 +30,7 @@ def scratch() -> Iterator[Path]:
     root = Path(tempfile.gettempdir())
     _remove_left(root)
     place = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    lock = os.open(place / "unlocked", os.O_CREAT | os.O_WRONLY)
+    lock = os.open(place / "unlocked", os.O_CREAT | os.O_WRONLY, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     (place / "unlocked").rename(place / _LOCK)  # only now may others try it
     os.environ["TMPDIR"] = tempfile.tempdir = str(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import getpass
 import os
 import signal
@@ -13,16 +14,16 @@ import pytest
 from benchmarks.scratch import scratch
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Set up what all tests need of their surroundings."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell that runs this in background has Ctrl-C ignored, and every child inherits that;
         # tests send it to each other.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    keep_tidy(config)
+    keep_tidy()
 
 
-def keep_tidy(config: pytest.Config) -> None:
+def keep_tidy() -> None:
     """Have all that tests and their processes leave in the temporary directory removed.
 
     Ranks that a test ends do not put away what torch has made for them when it was imported, and
@@ -33,7 +34,7 @@ def keep_tidy(config: pytest.Config) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/torchinductor_{getpass.getuser()}")
     surroundings = ExitStack()
     surroundings.enter_context(scratch())
-    config.add_cleanup(surroundings.close)
+    atexit.register(surroundings.close)  # early, and so after what multiprocessing puts away itself
 
 
 @pytest.fixture(autouse=True)
