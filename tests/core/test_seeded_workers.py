@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from torchweld import rng
 from torchweld.data.torch_source import TorchSource
 from torchweld.interfaces import Env, Loader, LoaderRequest
 
@@ -82,3 +83,28 @@ def test_without_the_remedy_another_number_of_workers_draws_others() -> None:
         drawn.append([float(number) for batch in batches for number in batch[3]])
 
     assert drawn[0] != drawn[1]
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_a_sample_is_seeded_as_a_run_is_and_without_its_call_stack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker took 0.16 ms a sample for the call stack, and more the deeper it was."""
+    stacks: list[Any] = []
+
+    def format_stack(*_: Any, **__: Any) -> list[str]:
+        stacks.append(1)
+        return []
+
+    monkeypatch.setattr("traceback.format_stack", format_stack)
+    rng.seed_all(7)
+    expected = drawn()
+    by_torch = len(stacks)
+
+    rng.seed_sample(7)
+
+    assert drawn() == expected
+    assert len(stacks) == by_torch
