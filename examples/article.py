@@ -103,6 +103,11 @@ def load_images(train: Path, val: Path) -> tuple[ImageFolder, ImageFolder]:
     )
 
 
+def load_data(root: str | Path, count: int = MOST) -> tuple[ImageFolder, ImageFolder]:
+    """Training and validation; the files are written if they are not there."""
+    return load_images(*write_images(Path(root), count))
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 
@@ -271,7 +276,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Write images, train half, resume elsewhere, export; then the same by hand."""
     options = read_options()
-    data = load_images(*write_images(options.root, options.images))
+    data = load_data(options.root, options.images)
 
     half = options.epochs // 2
     first = Figures(f"DeepSpeed ZeRO-2, FFCV, Composer: epochs 1-{half}", stop_after=half)

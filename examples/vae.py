@@ -19,6 +19,12 @@ from torchweld import Trainer
 from torchweld.interfaces import Run
 
 
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """1 437 images of 1 x 8 x 8 without their digits, and 360 for validation."""
+    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+    return TensorDataset(images[:1437]), TensorDataset(images[1437:])
+
+
 class VAE(nn.Module):
     """Images to a normal distribution over 8 numbers, and a draw of it back to an image."""
 
@@ -73,16 +79,15 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
-    train, val = images[:1437], images[1437:]
+    train, val = load_data()
     model = VAE()
-    loader = DataLoader(TensorDataset(train), 32, shuffle=True)
+    loader = DataLoader(train, 32, shuffle=True)
 
     trainer = Trainer(strategy=options.strategy, max_epochs=options.epochs)
     result = trainer.fit(
         model,
         loader,
-        DataLoader(TensorDataset(val), 360),
+        DataLoader(val, 360),
         step=step,
         eval_step=draw,
         metrics={"error": pixel_error},

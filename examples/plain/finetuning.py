@@ -36,29 +36,40 @@ class Net(nn.Module):
         return logits
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Digits 0 to 4; 5 to 9 as classes 0 to 4, and 200 of them for validation."""
+def digits_from(first: int) -> tuple[Tensor, Tensor]:
+    """The images of five digits from ``first`` on, and their classes 0 to 4."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    targets = torch.tensor(digits.target)
-    old = targets < 5
-    new_images, new_targets = images[~old], targets[~old] - 5
-    return (
-        TensorDataset(images[old], targets[old]),
-        TensorDataset(new_images[:-200], new_targets[:-200]),
-        TensorDataset(new_images[-200:], new_targets[-200:]),
+    classes = torch.tensor(digits.target) - first
+    ours = (classes >= 0) & (classes < 5)
+    return images[ours], classes[ours]
+
+
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """The digits 5 to 9, and 200 of them for validation."""
+    images, classes = digits_from(5)
+    return TensorDataset(images[:-200], classes[:-200]), TensorDataset(
+        images[-200:], classes[-200:]
     )
 
 
-def pretrain(data: TensorDataset) -> Net:
+def pretrain() -> Net:
     """What would be downloaded elsewhere."""
-    model = Net()
+    model, data = Net(), TensorDataset(*digits_from(0))
     optimizer = AdamW(model.parameters(), lr=3e-3)
     for _ in range(3):
         for images, targets in DataLoader(data, 32, shuffle=True):
             F.cross_entropy(model(images), targets).backward()
             optimizer.step()
             optimizer.zero_grad()
+    return model
+
+
+def make_model() -> Net:
+    """The pretrained network with a new head; the rest is frozen."""
+    model = pretrain()
+    model.head = nn.Linear(64, 5)
+    model.backbone.requires_grad_(requires_grad=False)
     return model
 
 
@@ -70,10 +81,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    old, train, val = load_data()
-    model = pretrain(old)
-    model.head = nn.Linear(64, 5)
-    model.backbone.requires_grad_(requires_grad=False)
+    train, val = load_data()
+    model = make_model()
     train_loader = DataLoader(train, 32, shuffle=True)
     val_loader = DataLoader(val, 100)
     groups: list[dict[str, Any]] = [

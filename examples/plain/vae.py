@@ -16,6 +16,12 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """1 437 images of 1 x 8 x 8 without their digits, and 360 for validation."""
+    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+    return TensorDataset(images[:1437]), TensorDataset(images[1437:])
+
+
 class VAE(nn.Module):
     """Images to a normal distribution over 8 numbers, and a draw of it back to an image."""
 
@@ -54,10 +60,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
-    train, val = images[:1437], images[1437:]
+    train, val = load_data()
     model = VAE()
-    loader = DataLoader(TensorDataset(train), 32, shuffle=True)
+    loader = DataLoader(train, 32, shuffle=True)
     optimizer = Adam(model.parameters(), lr=2e-3)
 
     for epoch in range(options.epochs):
@@ -74,7 +79,8 @@ def main() -> None:
 
     model.eval()
     with torch.no_grad():
-        error = (model(val)[0].sigmoid() - val).abs().mean()
+        images = val.tensors[0]
+        error = (model(images)[0].sigmoid() - images).abs().mean()
     print(f"error of a pixel: {error:.4f}")
     save_file(model.state_dict(), "vae.safetensors")
 

@@ -35,6 +35,12 @@ PIECES = """
     def make(width: int, *, bias: bool = True):
         return nn.Sequential(nn.Linear(4, width, bias), nn.ReLU(), nn.Linear(width, 3))
 
+    def pairs(samples):
+        return torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])
+
+    def add_nothing(parts):
+        return parts
+
     def accuracy(outputs, targets):
         return (outputs.argmax(1) == targets).sum(), len(targets)
     """
@@ -184,6 +190,48 @@ def test_a_schedule_may_say_when_it_is_stepped(recipe: Path) -> None:
     assert dict(made.milestones) == {2: 1, 3: 1}
 
 
+def test_one_cycle_may_be_given_epochs_and_their_steps(recipe: Path) -> None:
+    words = ["lr_scheduler=OneCycleLR", "lr_scheduler.max_lr=1.0", "lr_scheduler.epochs=2"]
+    read = open_recipe(recipe, [*words, "lr_scheduler.steps_per_epoch=3"])
+
+    made = fit_arguments(read)["lr_scheduler"](SGD([nn.Parameter(torch.ones(1))], lr=1.0), 40)
+
+    assert made.total_steps == 6
+
+
+@pytest.mark.parametrize("word", ["steps_per_epoch=3", "total_steps=9"])
+def test_a_length_that_torch_would_not_read_is_refused(word: str, recipe: Path) -> None:
+    words = ["lr_scheduler=OneCycleLR", "lr_scheduler.max_lr=1.0", f"lr_scheduler.{word}"]
+    given = [*words, "lr_scheduler.epochs=2"] if "total" in word else words
+
+    with pytest.raises(InvalidArgument, match="would not be read beside total_steps"):
+        fit_arguments(open_recipe(recipe, given))
+
+
+def test_components_and_their_options_may_be_objects(recipe: Path) -> None:
+    text = recipe.read_text().replace(
+        "batch_size = 16 }", 'batch_size = 16, collate_fn = { use = "pieces.py:pairs" } }'
+    )
+    recipe.write_text(text + 'surgery = [{ use = "pieces.py:add_nothing" }]\n')
+
+    settings = trainer_arguments(open_recipe(recipe))
+
+    assert settings["data"].options["collate_fn"].__name__ == "pairs"
+    assert settings["surgery"][0].name.__name__ == "add_nothing"
+    assert train(recipe, "--set", "trainer.max_epochs=1").exit_code == 0
+
+
+def test_an_argument_may_be_an_object_with_arguments(recipe: Path) -> None:
+    text = recipe.read_text().replace(
+        "label_smoothing = 0.1", 'weight = { use = "torch:ones", size = [3] }'
+    )
+    recipe.write_text(text)
+
+    shown = train(recipe, "--dry-run")
+
+    assert "CrossEntropyLoss(weight=torch:ones(size=[3]))" in shown.output
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [
@@ -217,8 +265,9 @@ def test_a_dry_run_shows_objects_and_plan_and_starts_nothing(recipe: Path) -> No
     shown = train(recipe, "--dry-run", "--set", "trainer.precision=bf16")
 
     assert shown.exit_code == 0
-    assert "model             pieces.py:make(width=8)" in shown.output
-    assert "val.few           pieces.py:load(count=8)" in shown.output
+    assert "model                 pieces.py:make(width=8)" in shown.output
+    assert "val.few               pieces.py:load(count=8)" in shown.output
+    assert "ModelCheckpoint(every_n_train_steps=2)" in shown.output
     assert "precision bf16" in shown.output
     assert list(Path().iterdir()) == []
 

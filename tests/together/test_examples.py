@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from difflib import unified_diff
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.together.test_docs import ROOT
+from torchweld import ModelCheckpoint
 from torchweld.testing import run_ranks
 from torchweld.testing.processes import RanksFailed
 
 PAGE = ROOT / "docs" / "examples.md"
 TIMEOUT = 300.0
+KINDS = ("compiled", "whole", "resumed")
 
 
 @dataclass(frozen=True)
@@ -136,25 +141,54 @@ def test_language_model_on_two_processes_ends_with_the_weights_of_its_plain_vers
         torch.testing.assert_close(moved[1][key], tensor, rtol=0, atol=1e-5)
 
 
-def run_compiled_and_resumed() -> list[dict[str, Tensor]]:
-    """Both versions compiled; the plain one whole, and gone on with from its third step."""
-    compiled = [weights for _, weights in run_both("gpt", ("--steps=4", "--compile=aot_eager"))]
-    arguments = ("--steps=4", "--save-every=3")
-    _, whole = run_script("examples.plain.gpt", *arguments)
-    _, resumed = run_script("examples.plain.gpt", *arguments, "--resume")
-    return [*compiled, whole, resumed]
+def run_counted(module: str, *arguments: str) -> tuple[dict[str, Tensor], int, int]:
+    """The weights, the micro-batches that were trained on, and the graphs that were compiled."""
+    script: Any = importlib.import_module(module)
+    loss, micro_batches = script.nats_per_byte, 0
+
+    def counting(logits: Tensor, targets: Tensor) -> Tensor:
+        nonlocal micro_batches
+        micro_batches += torch.is_grad_enabled()
+        value: Tensor = loss(logits, targets)
+        return value
+
+    script.nats_per_byte = counting
+    torch._dynamo.utils.counters.clear()
+    _, weights = run_script(module, *arguments)
+    script.nats_per_byte = loss
+    return weights, micro_batches, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def run_compiled_and_resumed() -> dict[str, tuple[dict[str, Tensor], int, int]]:
+    """Both versions compiled, whole, and gone on with from their third step."""
+    script: Any = importlib.import_module("examples.gpt")
+    script.ModelCheckpoint = lambda **_: ModelCheckpoint(every_n_train_steps=3)
+    found = {}
+    for name, saving in (("plain.gpt", ["--save-every=3"]), ("gpt", [])):
+        run = partial(run_counted, f"examples.{name}", "--steps=4")
+        found[f"{name} compiled"] = run("--compile=aot_eager")
+        shutil.rmtree("runs", ignore_errors=True)
+        found[f"{name} whole"] = run(*saving)
+        for newest in Path("runs").glob("*/step-4"):
+            shutil.rmtree(newest)
+        found[f"{name} resumed"] = run(*saving, "--resume")
+    return found
 
 
 @pytest.mark.slow
 def test_language_model_is_compiled_and_resumed_alike_in_plain_pytorch() -> None:
-    [[plain, moved, whole, resumed]] = run_ranks(
-        run_compiled_and_resumed, 1, timeout_seconds=TIMEOUT
-    )
+    [found] = run_ranks(run_compiled_and_resumed, 1, timeout_seconds=TIMEOUT)
 
-    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
-    for key, tensor in whole.items():
-        torch.testing.assert_close(plain[key], tensor, rtol=0, atol=1e-5)
-        torch.testing.assert_close(moved[key], tensor, rtol=0, atol=1e-5)
+    for name in ("plain.gpt", "gpt"):
+        compiled, whole, resumed = (found[f"{name} {kind}"] for kind in KINDS)
+        # Weights alone would be as equal if neither flag did anything.
+        assert compiled[2] > 0
+        assert [whole[2], resumed[2]] == [0, 0]
+        assert [compiled[1], whole[1], resumed[1]] == [8, 8, 2]
+        for key, tensor in found["plain.gpt whole"][0].items():
+            assert torch.equal(whole[0][key], tensor), f"{name}: {key}"
+            assert torch.equal(resumed[0][key], tensor), f"{name}: {key}"
+            torch.testing.assert_close(compiled[0][key], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,7 @@ class TorchDataOptions:
     shuffle: bool | None = None  # None: training is shuffled, the other splits are not
     drop_last: bool = False  # leave out an incomplete last batch of training
     pin_memory: bool = False  # page-locked batches, for copies to a GPU
+    collate_fn: Callable[[list[Any]], Any] | None = None  # samples to a batch; None: torch's
     shard: bool = False  # take every world-th sample of data that core cannot shard by itself
     sharded: bool = False  # the data gives every process its own part already
 

@@ -2,7 +2,8 @@
 
 A recipe is the two calls of a script: at the top are the arguments of ``fit``, in the table
 ``[trainer]`` those of ``Trainer``. An object is ``"module:object"``, ``"file.py:object"`` beside
-the recipe, or a name that torch has; ``{use = "…", key = value}`` gives it arguments.
+the recipe, or a name that torch has; ``{use = "…", key = value}`` gives it arguments, of which any
+may be such a table again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Recipe:
     Attributes:
         folder: where files that it names are looked for.
         fit: arguments of ``fit`` by name; objects are :class:`Named`, one or a mapping of several.
-        trainer: arguments of ``Trainer``; components are choices, callbacks and loggers named.
+        trainer: arguments of ``Trainer``; components are choices, callbacks and loggers named; in a
+            choice, what is no plain value is :class:`Named`.
         export: where the trained weights are written; empty for nowhere.
     """
 
@@ -165,12 +167,23 @@ def _named(where: str, value: Any, problems: list[str]) -> Named:
     if isinstance(value, str):
         return Named(where, value)
     if isinstance(value, Mapping) and isinstance(value.get("use"), str):
-        return Named(where, value["use"], {k: v for k, v in value.items() if k != "use"})
+        return Named(where, value["use"], _arguments(where, value, problems))
     problems.append(
         f'{where} = {value!r} names no object: write {where} = "module:object", or a table with '
         "use and arguments"
     )
     return Named(where, "")
+
+
+def _arguments(where: str, table: Mapping[str, Any], problems: list[str]) -> dict[str, object]:
+    """What is beside ``use``; a value that has a ``use`` itself is an object too."""
+    return {
+        key: _named(f"{where}.{key}", value, problems)
+        if isinstance(value, Mapping) and "use" in value
+        else value
+        for key, value in table.items()
+        if key != "use"
+    }
 
 
 # ---- [trainer] -----------------------------------------------------------------------------------
@@ -200,7 +213,9 @@ def _choices(key: str, value: Any, problems: list[str]) -> Any:
         if isinstance(one, str):
             found += _worded(key, one, problems)
         elif isinstance(one, Mapping) and isinstance(one.get("use"), str):
-            found.append(Use(one["use"], {k: v for k, v in one.items() if k != "use"}))
+            where, name = f"trainer.{key}", one["use"]
+            chosen = Named(where, name) if ":" in name else name
+            found.append(Use(chosen, _arguments(where, one, problems)))
         else:
             problems.append(
                 f'trainer.{key} = {one!r} names no component: write "name", or a table with use '

@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchweld import callbacks
-from torchweld.cli.recipe import DATA, SEVERAL, Named, Recipe
+from torchweld.cli.recipe import CHOICES, DATA, SEVERAL, Named, Recipe
+from torchweld.components import Use
 from torchweld.errors import InvalidArgument
 from torchweld.guard import attempt
 from torchweld.loop.schedules import LRSchedule
@@ -29,6 +30,8 @@ from torchweld.trainer import Trainer
 _WHEN = ("interval", "monitor")
 _TOTALS = ("total_steps", "T_max")
 """What torch's schedulers call the length of the run."""
+_LENGTH = frozenset({"epochs", "steps_per_epoch"})
+"""OneCycleLR's other way to say it."""
 
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -38,11 +41,14 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
         InvalidArgument: an argument is unknown or of another type.
     """
     plain = {key: v for key, v in recipe.trainer.items() if key not in {"callbacks", "logger"}}
+    for key in CHOICES:
+        if key in plain:
+            plain[key] = _choice(plain[key], recipe.folder)
     made = check_arguments("trainer", Trainer, plain, leave_out=("registry",))
     for key in ("callbacks", "logger"):
         given = recipe.trainer.get(key)
         if isinstance(given, list):
-            made[key] = [_instance(find(one, recipe.folder, _CALLBACKS), one) for one in given]
+            made[key] = [_callback(one, recipe.folder) for one in given]
         elif given is not None:
             made[key] = given
     return made
@@ -68,7 +74,7 @@ def fit_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def look_up(recipe: Recipe) -> list[tuple[str, str]]:
-    """Find every object of ``fit`` and check its arguments, and call none of them.
+    """Find every object and check the arguments of those of ``fit``; none of them is called.
 
     Returns:
         Pairs of place and meaning, for the screen.
@@ -78,9 +84,19 @@ def look_up(recipe: Recipe) -> list[tuple[str, str]]:
         for one in value.values() if isinstance(value, dict) else [value]:
             if isinstance(one, Named):
                 _checked(one.where.partition(".")[0], one, recipe.folder)
-                given = ", ".join(f"{key}={item!r}" for key, item in one.arguments.items())
-                lines.append((one.where, f"{one.path}({given})" if given else one.path))
+                lines.append((one.where, _shown(one)))
+    for key in ("callbacks", "logger"):
+        given = recipe.trainer.get(key)
+        lines += [(one.where, _shown(one)) for one in (given if isinstance(given, list) else [])]
     return lines
+
+
+def _shown(value: object) -> str:
+    """A value as it is printed; an object as the call that makes it."""
+    if not isinstance(value, Named):
+        return repr(value)
+    given = ", ".join(f"{key}={_shown(item)}" for key, item in value.arguments.items())
+    return f"{value.path}({given})" if given else value.path
 
 
 def _pair(made: Any) -> tuple[Any, Any]:
@@ -237,7 +253,28 @@ def _checked(key: str, named: Named, folder: Path) -> tuple[Any, dict[str, Any]]
         )
     left_out = _WHEN if key == "lr_scheduler" else ()
     given = {name: value for name, value in named.arguments.items() if name not in left_out}
+    if inspect.isclass(target) and issubclass(target, LRScheduler):
+        _refuse_two_lengths(named, target)
+    given = _values(given, folder)
     return target, check_arguments(named.where, target, given, leave_out=_FIRST.get(key, ()))
+
+
+def _values(given: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """Arguments with the objects that some of them name: a class is called, a function is not."""
+    return {
+        key: _object("", value, folder) if isinstance(value, Named) else value
+        for key, value in given.items()
+    }
+
+
+def _choice(chosen: Any, folder: Path) -> Any:
+    """One choice of components, or a list of them, with the objects that it names."""
+    if isinstance(chosen, list):
+        return [_choice(one, folder) for one in chosen]
+    if not isinstance(chosen, Use):
+        return chosen
+    name = find(chosen.name, folder, {}) if isinstance(chosen.name, Named) else chosen.name
+    return Use(name, _values(chosen.options, folder))
 
 
 _FIRST: Mapping[str, tuple[str, ...]] = {"optimizer": ("params",), "lr_scheduler": ("optimizer",)}
@@ -249,8 +286,9 @@ def _is_maker(target: Any) -> bool:
     return inspect.isclass(target) or inspect.isroutine(target) or isinstance(target, partial)
 
 
-def _instance(target: Any, named: Named) -> Any:
-    arguments = check_arguments(named.where, target, named.arguments)
+def _callback(named: Named, folder: Path) -> Any:
+    target = find(named, folder, _CALLBACKS)
+    arguments = check_arguments(named.where, target, _values(named.arguments, folder))
     return target(**arguments) if _is_maker(target) else target
 
 
@@ -271,9 +309,23 @@ def _schedule(target: Any, arguments: dict[str, Any], when: dict[str, Any]) -> A
 def _factory(target: type[LRScheduler], arguments: dict[str, Any]) -> Callable[..., LRScheduler]:
     """``(optimizer, total_steps) -> scheduler``; torch's classes are told the length of the run."""
     wanted = [n for n in _TOTALS if n in inspect.signature(target).parameters]
+    if arguments.keys() >= _LENGTH:
+        wanted = []  # torch would take total_steps and leave these two unread
     lacking = [n for n in wanted if n not in arguments]
 
     def make(optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
         return target(optimizer, **arguments, **dict.fromkeys(lacking, total_steps))
 
     return make
+
+
+def _refuse_two_lengths(named: Named, target: type[LRScheduler]) -> None:
+    """Refuse what torch would silently not read beside ``total_steps``, given or filled in."""
+    given = _LENGTH & named.arguments.keys()
+    if not given & inspect.signature(target).parameters.keys():
+        return
+    if "total_steps" in named.arguments or given != _LENGTH:
+        raise InvalidArgument(
+            f"{named.where}: {' and '.join(sorted(given))} would not be read beside total_steps; "
+            "leave it out (total_steps is filled in), or give epochs and steps_per_epoch alone"
+        )

@@ -50,16 +50,23 @@ class TorchSource:
         pin_memory: bool,
         shard: bool,
         sharded: bool,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InvalidArgument(f"batch_size={batch_size}: a batch has at least one sample")
         if shard and sharded:
             raise InvalidArgument("shard=True and sharded=True contradict each other; keep one")
+        if collate_fn is not None and not callable(collate_fn):
+            raise InvalidArgument(f"collate_fn={collate_fn!r}: give a function of samples")
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.shard, self.sharded = shard, sharded
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._loading: dict[str, Any] = {
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "collate_fn": collate_fn,
+        }
 
     def build(self, request: LoaderRequest) -> Loader:
         """Return the loader of one split.
@@ -89,15 +96,15 @@ class TorchSource:
         _refuse_empty(dataset)
         if self.sharded and request.env.world_size > 1:
             dataset = _transformed(dataset, request)
-            loader = DataLoader(dataset, size, shuffle, drop_last=drop_last, **self._workers)
+            loader = DataLoader(dataset, size, shuffle, drop_last=drop_last, **self._loading)
             return TorchLoader(loader, sharded=True)
         batches = _sharded(
             len(dataset), request, shuffle=shuffle, batch_size=size, drop_last=drop_last
         )
         dataset = _transformed(dataset, request)
-        if self._workers["num_workers"] > 0 and request.train:
+        if self._loading["num_workers"] > 0 and request.train:
             dataset = SeededByPlace(dataset)
-        loader = DataLoader(dataset, batch_sampler=batches, **self._workers)
+        loader = DataLoader(dataset, batch_sampler=batches, **self._loading)
         return TorchLoader(loader, batches, counts=_counts(request))
 
     def _size_for(self, dataset: Any) -> int:
@@ -134,7 +141,9 @@ class TorchSource:
         raise _unsharded(request, f"a DataLoader with a {type(_sampler(loader)).__name__}")
 
     def _ignored(self, loader: DataLoader[Any]) -> str:
-        """Say that a DataLoader keeps its own batch size, where another one was chosen."""
+        """Say that a DataLoader keeps its own, where something else was chosen."""
+        if self._loading["collate_fn"] not in {None, loader.collate_fn}:
+            return "the DataLoader keeps its own collate_fn"
         if self.batch_size is None or loader.batch_size in {None, self.batch_size}:
             return ""
         return f"the DataLoader keeps its batch_size={loader.batch_size}, not {self.batch_size}"
@@ -168,7 +177,7 @@ class TorchSource:
             dataset,
             self._size_for(dataset),
             drop_last=self.drop_last and request.train,
-            **self._workers,
+            **self._loading,
         )
         return self._from_iterable_loader(loader, request)
 
