@@ -19,9 +19,9 @@ from typing import Any
 
 from torchweld.testing.rank_processes import free_port, rank_environ, store_environ
 
-_FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("forkserver")
 # Optimizers import torch._dynamo, which takes 2 s. Not composer, which takes over Ctrl-C.
-_FORKS.set_forkserver_preload(["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp"])
+FORKS.set_forkserver_preload(["torch._dynamo", "torchweld.trainer", "torchweld.strategies.ddp"])
 
 
 class Forks:
@@ -63,7 +63,7 @@ def forked_ranks(
     """Processes that call ``target(*args)``; none is left afterwards."""
     everyone = {**store_environ(free_port()), **(environ or {})}
     processes: list[BaseProcess] = [
-        _FORKS.Process(
+        FORKS.Process(
             target=_be_rank,
             args=({**everyone, **rank_environ(rank, world_size)}, str(directory), target, args),
         )

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.together.test_docs import BLOCK, ROOT, run, write_files
+from tests.core.forked_scripts import run_script
+from tests.together.test_docs import BLOCK, ROOT, write_files
 
 pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "coming-from.md"
@@ -32,7 +33,7 @@ def result_of(code: str, folder: Path) -> tuple[str, dict[str, Tensor]]:
     """The last line that a script prints, and the weights of its model."""
     [digits] = blocks("file", "digits.py")
     write_files(folder, {"digits.py": digits, "script.py": code + SAVE})
-    printed = run("script.py", folder=folder).stdout
+    printed = run_script(folder / "script.py")
     return printed.splitlines()[-1], load_file(folder / "weights.safetensors")
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.forked_scripts import run_script
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -114,7 +116,7 @@ def test_script_of_the_documentation_runs(script: Script, tmp_path: Path) -> Non
         pytest.skip(f"needs {script.needs}")
     write_files(tmp_path, {**script.files, "script.py": script.code})
 
-    run("script.py", folder=tmp_path)
+    run_script(tmp_path / "script.py")
 
 
 @pytest.fixture(params=[ROOT / "docs" / "contracts.md"], ids=["contracts.md"])
