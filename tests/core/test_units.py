@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from tests.core.trainings import arguments, fit, make_loader, make_model, make_trainer
@@ -89,6 +90,66 @@ def test_inductor_trains_as_eager_does_but_for_rounding() -> None:
     # Measured 2e-7 in the gradients; Adam's first step turns that into as much of its own size.
     assert plain.keys() == compiled.keys()
     assert all(torch.allclose(plain[n], compiled[n], rtol=1e-3, atol=1e-5) for n in plain)
+
+
+class Block(nn.Module):
+    """A layer of a model of several."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(width, width), nn.Dropout(0.2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.layer(inputs)))  # type: ignore[no-any-return]  # torch says Any
+
+
+def train_two(**settings: Any) -> dict[str, Tensor]:
+    """Two models in turn, each learning through the other one, which is frozen meanwhile."""
+    torch.manual_seed(0)
+    models = {name: nn.Sequential(Block(5), Block(5)) for name in ("first", "second")}
+    rates = {name: partial(SGD, lr=0.1) for name in models}
+    trainer = make_trainer(seed=0, **settings)
+    with trainer.prepare(models, make_loader(), optimizer=rates) as run:
+        for inputs, _ in run.batches():
+            for name in run.models:
+                with run.models[name].alone():
+                    outputs = run.models["second"](run.models["first"](inputs))
+                    run.models[name].backward((outputs - inputs).square().mean())
+                run.models[name].step()
+    return {f"{n}.{k}": v.clone() for n, m in models.items() for k, v in m.state_dict().items()}
+
+
+def test_several_models_are_recomputed_bitwise_as_without() -> None:
+    assert different(train_two(), train_two(activation_checkpointing=True)) == []
+
+
+def test_several_models_compile_bitwise_or_are_refused_by_an_old_torch() -> None:
+    backend = Counting()
+    settings: dict[str, Any] = {"compile": {"backend": backend}}
+
+    if TorchVersion(torch.__version__) < "2.13":
+        with pytest.raises(InvalidArgument, match=r"loses gradients .* leave compile out"):
+            train_two(**settings)
+        assert None in gradients_of_models_frozen_in_turn()
+        return
+
+    assert different(train_two(), train_two(**settings)) == []
+    assert backend.graphs > 0
+
+
+def gradients_of_models_frozen_in_turn() -> list[Tensor | None]:
+    """By hand, with nothing of torchweld: what the refusal is there for."""
+    models = [nn.Sequential(Block(5), Block(5)) for _ in range(2)]
+    for unit in (unit for model in models for unit in model):
+        unit.compile(backend="aot_eager")
+    found: list[Tensor | None] = []
+    for trained in (*models, *models):
+        for model in models:
+            model.zero_grad()
+            model.requires_grad_(model is trained)
+        models[1](models[0](torch.ones(4, 5))).sum().backward()
+        found += [parameter.grad for parameter in trained.parameters()]
+    return found
 
 
 # ---- in place ------------------------------------------------------------------------------------

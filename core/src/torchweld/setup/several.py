@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.torch_version import TorchVersion
+
 from torchweld.errors import InvalidArgument
 from torchweld.loop.joint import Handles, Schedulers, join
 from torchweld.loop.wiring import Member, needs_closure
 from torchweld.model.parameters import as_factory
 from torchweld.model.several import children, each_its_own
 from torchweld.setup.setting_up import Bound, Ready, Remade, bind_one
+from torchweld.spelling import listing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,9 +32,11 @@ def bind_several(
     """Set every model of ``request`` up; together they look like one.
 
     Raises:
-        InvalidArgument: surgery changed what belongs to one optimizer, or one needs a closure.
+        InvalidArgument: surgery changed what belongs to one optimizer, one needs a closure, or they
+            are to be compiled and this torch cannot.
     """
     _check_parts(remade.parts)
+    _check_compiled(remade, request)
     models = children(remade.parts.model, request.names)
     bound = {
         name: bind_one(
@@ -77,6 +83,22 @@ def _of_one(
     parts = replace(remade.parts, model=model, param_groups=rule, optimizer=factory)
     alike = replace(request, lr_scheduler=_of(request.lr_scheduler, name))
     return replace(remade, parts=parts), alike
+
+
+def _check_compiled(remade: Remade, request: FitRequest) -> None:
+    """Refuse to compile models that are frozen in turn, with a torch that mistakes their graphs.
+
+    With torch 2.7 a model that was frozen when its graph was made, and then was not, has no
+    gradients, without a word; with 2.13 it has. What is between was not tried.
+    """
+    trained = [name for name, optimizer in request.optimizer.items() if optimizer is not None]
+    old = TorchVersion(torch.__version__) < "2.13"
+    if remade.launched.plan.settings.compile is not None and len(trained) > 1 and old:
+        raise InvalidArgument(
+            f"compile= was asked for, and {listing(trained)} are trained, each with the others "
+            f"frozen: torch {torch.__version__} loses gradients of compiled modules that are "
+            "frozen in turn; leave compile out, or use torch 2.13"
+        )
 
 
 def _check_closures(bound: Mapping[str, Bound]) -> None:
