@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image as PilImage
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.ffcv.reading import digest, labels, photos, pictures, write
 from torchweld.errors import CheckpointError
 from torchweld.testing import run_ranks
 from torchweld_ffcv import Loader, image
+from torchweld_ffcv.errors import ConversionError
+from torchweld_ffcv.kinds import Image, Int
 
 CROP = {"image": image(crop="random_resized", size=16, flip=0.5)}
 
@@ -112,3 +116,25 @@ def test_processes_of_a_group_share_an_epoch(path: Path) -> None:
 
     assert sorted(first + second) == list(range(27))
     assert set(first).isdisjoint(second)
+
+
+def test_it_leaves_out_what_is_bad_and_stores_as_asked(tmp_path: Path) -> None:
+    grey = np.full((8, 8), 7, np.uint8)
+    samples = [(PilImage.fromarray(grey), 0), (None, 1), (PilImage.fromarray(grey), 2)]
+    fields = {"image": Image(to_rgb=True), "label": Int()}
+    options: dict[str, Any] = {"batch_size": 3, "cache_dir": str(tmp_path), "fields": fields}
+
+    with pytest.raises(ConversionError, match="sample 1 of 3"):
+        Loader(samples, **options)
+    ((images, labels),) = Loader(samples, skip_bad=True, **options)
+
+    assert images.shape == (2, 3, 8, 8)
+    assert labels.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 1.5}, {"batch_size": "16"}, {"seed": None}, {"seed": 2**63}], ids=str
+)
+def test_it_says_which_number_is_none(path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* is not an integer"):
+        Loader(path, **wrong)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
-from torchweld_ffcv.options import FfcvOptions
+from torchweld_ffcv.options import FfcvOptions, is_whole
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Env
@@ -28,6 +27,8 @@ class Loader:
         seed: of order and crops; the same in all processes.
         drop_last: leave out an incomplete last batch.
         spec: field to ``image(…)``, ``int64()``, ``float32()``, ``skip()``.
+        fields: how a Dataset is stored, of ``torchweld_ffcv.kinds``; None: found out.
+        skip_bad: leave out samples that cannot be converted.
         num_workers: threads that read; None: this process's share of the cores.
         train: False for evaluation: in order, the middle instead of random crops, no flips.
         cache_dir: where a converted Dataset is kept; None: the user's cache.
@@ -48,6 +49,8 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         spec: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
+        skip_bad: bool = False,
         num_workers: int | None = None,
         train: bool = True,
         cache_dir: str | None = None,
@@ -58,15 +61,19 @@ class Loader:
         from torchweld.interfaces import LoaderRequest
         from torchweld_ffcv.source import FfcvSource
 
+        if not is_whole(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r} is not an integer from 0 to 2**63 - 1")
         options = FfcvOptions(
             batch_size=batch_size,
             shuffle=shuffle,
             drop_last=drop_last,
             spec=spec,
+            fields=fields,
+            skip_bad=skip_bad,
             num_workers=num_workers,
             cache_dir=cache_dir,
         )
-        source = FfcvSource(**{f.name: getattr(options, f.name) for f in fields(options)})
+        source = FfcvSource(**vars(options))
         env = _this_process()
         # No other one: on_unsupported is "error".
         self._loader = cast("FfcvLoader", source.build(LoaderRequest(data, train, env, seed)))

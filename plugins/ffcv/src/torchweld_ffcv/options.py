@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from torchweld_ffcv.spec import AsStored, ImageSpec, NumberSpec, Skip
@@ -44,6 +45,11 @@ class FfcvOptions:
                 )
 
 
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _require_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
+    if value is not None and not (is_whole(value) and value >= 1):
         raise ValueError(f"{name}={value!r} is not an integer >= 1")

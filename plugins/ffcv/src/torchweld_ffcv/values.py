@@ -29,11 +29,13 @@ class ImageFile:
         Raises:
             ValueRefused: PIL cannot read it.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         image = attempt(lambda: _loaded(Image.open(io.BytesIO(self.data))))
         if image.error is not None:  # PIL raises what its many formats like: OSError, SyntaxError
-            raise ValueRefused(f"PIL cannot read {self.path!r}: {one_line(image.error)}")
+            unknown = isinstance(image.error, UnidentifiedImageError)
+            reason = "it is no image of a known format" if unknown else one_line(image.error)
+            raise ValueRefused(f"is {self.path!r}, which PIL cannot read: {reason}")
         return image.value
 
 
