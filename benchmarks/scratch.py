@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-_PREFIX, _LOCK = "torchweld-scratch-", "lock"
+_PREFIX, _LOCK = "weld-", "lock"  # short: sockets lie in there, whose paths have 104 bytes at most
 
 
 @contextmanager
