@@ -145,6 +145,11 @@ class Clock:
         """Start, or start again after what does not count."""
         self._marks = time.perf_counter(), time.thread_time()
 
+    def restart(self) -> None:
+        """Forget all stages so far."""
+        self.wall, self.cpu, self.images = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0), 0
+        self.begin()
+
     def end(self, stage: str) -> None:
         """Since the last mark it was ``stage``."""
         wall, cpu = self._marks
@@ -194,16 +199,13 @@ def clocked() -> Iterator[Clock]:
 def read(batches: Iterator[Any], clock: Clock, began: float) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, with the stages ``data`` (and, by a Trainer, ``batch``) before each."""
     for step in range(sys.maxsize):
+        if step == 1:  # the first step and all before it do not count
+            clock.restart()
         batch = next(batches, None)
         if batch is None:
             return
         if step == 0:
             clock.first = time.perf_counter() - began
-        if step == 1:  # the first step and all before it do not count
-            clock.wall, clock.cpu, clock.images = (
-                dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0), 0,
-            )  # fmt: skip
-            clock.begin()
         clock.end("data")
         clock.images += len(batch[0])
         clock.images_beside += len(batch[0])
