@@ -86,6 +86,17 @@ FIT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "optimizer by name": ({"optimizer": "adam"}, InvalidArgument, "'adam' is no optimizer"),
     "loss by name": ({"loss": "cross_entropy"}, InvalidArgument, "loss='cross_entropy' is no func"),
+    "loss as a class": (
+        {"loss": nn.CrossEntropyLoss},
+        InvalidArgument,
+        r"is a class: make one of it, CrossEntropyLoss\(\)",
+    ),
+    "scheduler by name": (
+        {"lr_scheduler": "cosine"},
+        InvalidArgument,
+        r"lr_scheduler='cosine' is no schedule: give a function",
+    ),
+    "checkpoint misspelt": ({"ckpt_path": "lst"}, CheckpointError, "did you mean 'last'"),
     "step by name": ({"step": "mine"}, InvalidArgument, "step='mine' is no function"),
     "loss per sample": (
         {"loss": partial(F.cross_entropy, reduction="none")},
@@ -156,7 +167,7 @@ FIT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         AttributeError,
         "nothing",
     ),
-    "metric called loss": ({"metrics": {"loss": accuracy}}, InvalidArgument, "choose another"),
+    "metric called loss": ({"metrics": {"loss": accuracy}}, InvalidArgument, "rename it"),
     "metric without a name": ({"metrics": accuracy}, InvalidArgument, "give a mapping"),
     "metric of another kind": ({"metrics": {"a": 7}}, InvalidArgument, "'a' is a int"),
     "scheduler made before": (

@@ -360,3 +360,8 @@ def test_fast_dev_run_writes_no_profile(tmp_path: Path) -> None:
     train(tmp_path, ProfilerWindow(0, 1), fast_dev_run=True)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_callback_that_was_not_made_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"is a class: make one of it, EarlyStopping\(…\)"):
+        make_trainer(callbacks=[EarlyStopping])

@@ -396,3 +396,12 @@ def test_inspect_reads_every_file_once(
     run("inspect", str(checkpoint), *option)
 
     assert sorted(read) == ["00000.json", "00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_examples_in_a_help_text_have_a_line_each(name: str) -> None:
+    shown = run(name, "--help").output
+
+    assert "\\b" not in shown
+    lines = [line.strip() for line in shown.splitlines() if line.strip().startswith("torchweld ")]
+    assert [line for line in lines if line.count("torchweld ") > 1 + line.count(" -m ")] == []

@@ -237,7 +237,7 @@ def test_an_argument_may_be_an_object_with_arguments(recipe: Path) -> None:
     [
         ("optimizer.learning_rate=1", "optimizer has no option 'learning_rate'"),
         ("optimizer.momentun=1", "did you mean 'momentum'?"),
-        ("optimizer=sdg", "optimizer = 'sdg': there is no such name; did you mean 'sgd'?"),
+        ("optimizer=sdg", "optimizer = 'sdg': there is no such name; did you mean 'SGD'?"),
         ("model.width=wide", "model cannot take width='wide': width is int, not str"),
         ("model=pieces.py:mak", "has no 'mak'; did you mean 'make'?"),
         ("model=piece.py:make", "there is no file"),

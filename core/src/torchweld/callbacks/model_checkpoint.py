@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torchweld.callbacks.monitored import check_mode
+from torchweld.callbacks.monitored import check_mode, unknown_metric
 from torchweld.checkpoint import is_checkpoint, remove, value_here
 from torchweld.errors import InvalidArgument
 
@@ -214,10 +214,8 @@ class ModelCheckpoint:
     def _refuse_unknown(self, border: Border) -> None:
         known = self.monitor in border.metrics
         if not known and border.kind & {"eval_end", "fit_end"}:
-            raise InvalidArgument(
-                f"ModelCheckpoint(monitor={self.monitor!r}): the run has no such metric; it has "
-                f"{', '.join(sorted(border.metrics))}"
-            )
+            assert self.monitor is not None, "None is known"
+            raise unknown_metric(self.monitor, border.metrics, "ModelCheckpoint")
 
     def _prune(self, *, removes: bool) -> None:
         if self.save_top_k == -1:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torchweld.checkpoint import value_here
 from torchweld.errors import InvalidArgument
+from torchweld.spelling import did_you_mean, listing
 
 
 def measured_anew(monitor: str, kinds: Collection[str]) -> bool:
@@ -50,11 +51,17 @@ def value_of(monitor: str, metrics: Mapping[str, float], who: str) -> float:
         InvalidArgument: the run has no such metric; lists those that it has.
     """
     if monitor not in metrics:
-        raise InvalidArgument(
-            f"{who}(monitor={monitor!r}): the run has no such metric; it has "
-            f"{', '.join(sorted(metrics))}"
-        )
+        raise unknown_metric(monitor, metrics, who)
     return float(value_here(monitor, metrics))
+
+
+def unknown_metric(monitor: str, metrics: Mapping[str, float], who: str) -> InvalidArgument:
+    """Return the error for a metric that the run does not have."""
+    meant = did_you_mean(monitor, metrics)
+    return InvalidArgument(
+        f"{who}(monitor={monitor!r}): the run has no such metric; it has {listing(metrics)}"
+        + (f"; {meant}" if meant else "")
+    )
 
 
 def check_mode(mode: str) -> None:

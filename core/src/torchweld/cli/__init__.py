@@ -65,7 +65,7 @@ def plan(
     optimizer: str | None,
     as_json: bool,
 ) -> None:
-    r"""Check choices without starting anything.
+    """Check choices without starting anything.
 
     \b
     torchweld plan strategy=ddp data=torch surgery=blurpool,cutmix:alpha=0.5
@@ -74,7 +74,7 @@ def plan(
 
     Values are TOML literals and bare words; quotes protect commas and colons.
     Exits with 1 when the choices cannot run together.
-    """
+    """  # noqa: D301 - click reads the character
     # Only this command resolves; `torchweld plugins` has 0.3 s in all.
     from torchweld.cli.planned import plan_of_words
     from torchweld.resolving.explain import explain_plan, render_problems
@@ -143,7 +143,7 @@ def inspect_checkpoint(
     model: str | None,
     as_json: bool,
 ) -> None:
-    r"""Show what is in a checkpoint or a run, and whether it is intact.
+    """Show what is in a checkpoint or a run, and whether it is intact.
 
     With the words of a plan, also what resuming under it would change.
 
@@ -153,7 +153,7 @@ def inspect_checkpoint(
 
     Exits with 0 when it is intact and can be resumed, with 1 when it is damaged or would be
     refused under the plan.
-    """
+    """  # noqa: D301 - click reads the character
     # torch takes 2-3 s to import; few commands need it.
     from torchweld.checkpoint import describe, inspect
 

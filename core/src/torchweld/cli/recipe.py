@@ -136,12 +136,15 @@ def read_recipe(data: Mapping[str, Any], folder: Path) -> Recipe:
 
 
 def _unknown_keys(data: Mapping[str, Any]) -> list[str]:
-    return [
-        f"there is no key {key!r}: {did_you_mean(key, KEYS) or 'the keys are ' + ', '.join(KEYS)}"
-        " (arguments of Trainer belong into the table [trainer])"
-        for key in data
-        if key not in KEYS
-    ]
+    return [f"there is no key {key!r}: {_meant(key)}" for key in data if key not in KEYS]
+
+
+def _meant(key: str) -> str:
+    near = did_you_mean(key, KEYS)
+    if near and key not in CHOICES:
+        return near
+    listed = near or "the keys are " + ", ".join(KEYS)
+    return f"{listed} (arguments of Trainer belong into the table [trainer])"
 
 
 def _contradictions(data: Mapping[str, Any]) -> list[str]:

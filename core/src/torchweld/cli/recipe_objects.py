@@ -24,7 +24,7 @@ from torchweld.errors import InvalidArgument
 from torchweld.guard import attempt
 from torchweld.loop.schedules import LRSchedule
 from torchweld.plugins.options import build_options
-from torchweld.spelling import did_you_mean
+from torchweld.spelling import closest, did_you_mean
 from torchweld.trainer import Trainer
 
 _WHEN = ("interval", "monitor")
@@ -124,10 +124,11 @@ def find(named: Named, folder: Path, names: Mapping[str, Any]) -> Any:
         by_spelling = {name.lower(): value for name, value in names.items()}
         if named.path.lower() in by_spelling:
             return by_spelling[named.path.lower()]
-        meant = did_you_mean(named.path, by_spelling)
+        written = {name.lower(): name for name in names}
+        meant = written.get(closest(named.path, by_spelling))
         raise InvalidArgument(
             f"{named.where} = {named.path!r}: there is no such name; "
-            + (meant or 'write "module:object" or "file.py:object"')
+            + (f"did you mean {meant!r}?" if meant else 'write "module:object" or "file.py:object"')
         )
     module = _module(named, place, folder)
     try:

@@ -18,17 +18,17 @@ from torchweld.cli.asking import errors_in_one_line
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]...")
 @click.pass_context
 def launch(ctx: click.Context, words: tuple[str, ...]) -> None:
-    r"""Start a script in several processes; torchrun does it.
+    """Start a script in several processes; torchrun does it.
 
     \b
     torchweld launch --nproc-per-node 2 train.py --epochs 3
     torchweld launch --nproc-per-node 2 -m torchweld train recipe.toml
-    torchweld launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
+    torchweld launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint node1:29400 train.py
 
     Every option is torchrun's (torchrun --help). On one machine --standalone is added; threads are
     shared out among the processes unless OMP_NUM_THREADS says how many.
-    """
+    """  # noqa: D301 - click reads the character
     if not words or words[0] in {"--help", "-h"}:
         click.echo(ctx.get_help())
         ctx.exit(0)
@@ -71,7 +71,7 @@ def new_plugin(name: str, directory: Path) -> None:
 @click.option("--dry-run", is_flag=True, help="Print objects and plan, and start nothing.")
 @click.pass_context
 def train(ctx: click.Context, recipe: Path, words: tuple[str, ...], *, dry_run: bool) -> None:
-    r"""Run a recipe, a TOML file that names model, data, loss, optimizer and settings.
+    """Run a recipe, a TOML file that names model, data, loss, optimizer and settings.
 
     \b
     torchweld train digits.toml
@@ -79,7 +79,7 @@ def train(ctx: click.Context, recipe: Path, words: tuple[str, ...], *, dry_run: 
     torchweld launch --nproc-per-node 2 -m torchweld train digits.toml
 
     Exits with 2 when the recipe cannot be used, with 1 when the run cannot.
-    """
+    """  # noqa: D301 - click reads the character
     # torch takes 2-3 s to import.
     from torchweld.cli.trained import show_recipe, train_recipe
 

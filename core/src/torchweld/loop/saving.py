@@ -24,6 +24,7 @@ from torchweld.checkpoint import (
 from torchweld.checkpoint.position import Reading, batch_here
 from torchweld.errors import CheckpointError, InvalidArgument
 from torchweld.loop.keeping import kept_names
+from torchweld.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torchweld.loop.run import TrainingRun
@@ -189,6 +190,9 @@ def find_checkpoint(
 
 def _find(wiring: Wiring, ckpt_path: str, monitored: tuple[str, str] | None) -> Path:
     if ckpt_path not in {"last", "best"}:
+        meant = did_you_mean(ckpt_path, ("last", "best"))
+        if meant and not Path(ckpt_path).exists():
+            raise CheckpointError(f"ckpt_path={ckpt_path!r}: there is no such directory; {meant}")
         return Checkpoint.open(ckpt_path).path
     if ckpt_path == "best":
         if monitored is None:

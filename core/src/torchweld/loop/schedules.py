@@ -69,6 +69,8 @@ def refuse_made(before: str, given: Any, after: str = "") -> None:
     how = "give a function (optimizer, total_steps) -> scheduler, or an LRSchedule"
     if isinstance(given, ReduceLROnPlateau):
         how = f"it needs a metric: {_BY_METRIC}"
+    if not hasattr(given, "step"):
+        raise InvalidArgument(f"{before}{given!r}{after} is no schedule: {how}")
     raise InvalidArgument(
         f"{before}{type(given).__name__}(…){after} belongs to an optimizer made before; {how}"
     )

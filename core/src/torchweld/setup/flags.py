@@ -219,6 +219,9 @@ class Extras:
                 "max_time=, which makes a Timer, or one of callbacks out"
             )
         for callback in self.callbacks:
+            if isinstance(callback, type):
+                name = callback.__name__
+                raise InvalidArgument(f"callbacks=[{name}] is a class: make one of it, {name}(…)")
             if not hasattr(callback, "at") and not hasattr(callback, "bind"):
                 raise InvalidArgument(
                     f"callbacks=[{callback!r}] has no at(border, run): a callback acts at borders, "

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torchweld.setup.flags import Duration, Extras
 
 
+_MEANT = {"loss": ": give one of (outputs, targets), such as torch.nn.functional.cross_entropy"}
+
+
 @dataclass(frozen=True)
 class Config:
     """A Trainer's own arguments."""
@@ -172,7 +175,10 @@ def check_functions(request: Any, *names: str) -> None:
     for name in names:
         value = getattr(request, name)
         if value is not None and not callable(value):
-            raise InvalidArgument(f"{name}={value!r} is no function")
+            raise InvalidArgument(f"{name}={value!r} is no function{_MEANT.get(name, '')}")
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            made = f"{value.__name__}()"
+            raise InvalidArgument(f"{name}={value.__name__} is a class: make one of it, {made}")
 
 
 def check_metric_names(metrics: Any) -> None:

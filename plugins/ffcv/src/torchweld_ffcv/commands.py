@@ -40,7 +40,7 @@ def convert_command(  # noqa: PLR0917 - click passes keywords
     allow_random: bool,
     progress: bool | None,
 ) -> None:
-    r"""Write a dataset as one .beton file.
+    """Write a dataset as one .beton file.
 
     \b
     torchweld ffcv convert imagenet/train train.beton
@@ -48,7 +48,7 @@ def convert_command(  # noqa: PLR0917 - click passes keywords
 
     SOURCE is a folder with one folder of images for each class, or a dataset (or a function that
     makes one) as package.module:object. JPEG files keep their bytes.
-    """
+    """  # noqa: D301 - click reads the character
     pictures = {"store": store, "quality": quality, "max_side": max_side}
     chosen = {name: value for name, value in pictures.items() if value is not None}
     bar = sys.stderr.isatty() if progress is None else progress
