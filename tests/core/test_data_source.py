@@ -379,11 +379,28 @@ def test_a_batch_size_that_a_dataloader_does_not_take_is_said(chosen: Any, said:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"batch_size": 0}, "at least one sample"), ({"shard": True, "sharded": True}, "contradict")],
+    [
+        ({"batch_size": 0}, "at least one sample"),
+        ({"shard": True, "sharded": True}, "contradict"),
+        ({"collate_fn": "mine:collate"}, "give a function of samples"),
+    ],
 )
 def test_options_that_contradict_are_refused(options: Any, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         TorchSource(**{**OPTIONS, **options})
+
+
+def test_samples_of_a_dataset_are_put_together_by_collate_fn() -> None:
+    chosen = loader_for(Numbers(5), batch_size=2, collate_fn=list, train=False)
+
+    assert list(chosen) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_loader_keeps_its_own_collate_fn_and_says_so() -> None:
+    kept = loader_for(DataLoader(Numbers(4), 2, collate_fn=list), collate_fn=tuple)
+
+    assert list(kept) == [[0, 1], [2, 3]]
+    assert kept.note == "the DataLoader keeps its own collate_fn"
 
 
 # ---- lengths -------------------------------------------------------------------------------------
