@@ -39,6 +39,7 @@ from tests.core.trainings import (
     weights,
 )
 from torchweld import Component
+from torchweld.data.loaders import TorchLoader
 from torchweld.data.torch_source import TorchSource
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Env, Loader, LoaderRequest
@@ -400,6 +401,7 @@ def test_a_loader_keeps_its_own_collate_fn_and_says_so() -> None:
     kept = loader_for(DataLoader(Numbers(4), 2, collate_fn=list), collate_fn=tuple)
 
     assert list(kept) == [[0, 1], [2, 3]]
+    assert isinstance(kept, TorchLoader)
     assert kept.note == "the DataLoader keeps its own collate_fn"
 
 
