@@ -56,6 +56,13 @@ def test_explain_shows_order_reasons_adjustments_owners_and_open_checks() -> Non
     assert plan.explain(world_size=2) == EXPLAINED.format(short=plan.digest[:6])
 
 
+def test_a_plan_prints_as_one_line() -> None:
+    plan = article()
+
+    names = "blurpool, channels_last, cutmix, label_smoothing, ffcv, deepspeed"
+    assert repr(plan) == f"<Plan {plan.short}: {names}>"
+
+
 def test_explain_ends_with_the_problems() -> None:
     plan = resolve(chosen("cutmix", "mixup", "single"), Settings(), facts={"world>1": False})
 

@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one optimizer for all": ({"optimizer": SGD_EACH["a"]}, "optimizer=partial was given for"),
     "no optimizer at all": ({"optimizer": {"a": None, "b": None}}, "nothing would be trained"),
     "a misspelt scheduler": ({"lr_scheduler": {"c": StepLR}}, "lr_scheduler names 'c'"),
-    "a made scheduler": ({"lr_scheduler": {"a": 3}}, "lr_scheduler=int"),
+    "a made scheduler": ({"lr_scheduler": {"a": 3}}, "lr_scheduler=3 is no schedule"),
     "a rule for all": ({"param_groups": lambda *_: {}}, "param_groups=function was given"),
     "weights for none": ({"init_weights": {"c": {}}}, "init_weights names 'c'"),
     "a name with a dot": ({"model": {"a.b": nn.Linear(1, 1)}}, "named after their model"),

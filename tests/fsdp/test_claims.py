@@ -221,6 +221,28 @@ def test_offloading_without_a_gpu_fails_late() -> None:
     assert run_ranks(offloaded, 2)[0] != "runs"
 
 
+# ---- the oldest torch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("torch_version", "is_asked"), [("2.6.0+cpu", True), ("2.7.0", False)])
+def test_cuda_is_asked_for_where_streams_of_the_cpu_lack_events(
+    torch_version: str, is_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchweld_fsdp.components.version", {"torch": torch_version}.get)
+
+    asked = [need.target for need in fsdp_claims(FsdpOptions(), Settings()).requires]
+
+    assert asked == ["device.cuda"] * is_asked
+
+
+def test_streams_of_the_cpu_have_events_where_it_is_not_asked_for() -> None:
+    has_events = hasattr(torch.cpu.Stream, "record_event")
+
+    needs = fsdp_claims(FsdpOptions(), Settings()).requires
+
+    assert (not needs) == has_events
+
+
 # ---- precision -----------------------------------------------------------------------------------
 
 

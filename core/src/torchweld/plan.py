@@ -67,6 +67,11 @@ class Plan:
         default=tuple, compare=False, repr=False
     )
 
+    def __repr__(self) -> str:
+        """One line; the screen is :meth:`explain`."""
+        names = ", ".join(chosen.component.name for chosen in self.order)
+        return f"<Plan {self.short}: {names}>"
+
     @property
     def short(self) -> str:
         """The beginning of the digest, as printed and in the names of run directories."""

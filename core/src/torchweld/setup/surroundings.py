@@ -56,12 +56,20 @@ def compiling(*, checkpoints: bool) -> Iterator[None]:
     """Let dynamo compile as many variants as a model has."""
     from torch._dynamo import config
 
-    changes = {"recompile_limit": max(RECOMPILE_LIMIT, config.recompile_limit)}
+    limit = recompile_limit()
+    changes = {limit: max(RECOMPILE_LIMIT, getattr(config, limit))}
     if checkpoints:
         # DDP's optimizer of graphs refuses those with checkpointed regions; units are small enough.
         changes["optimize_ddp"] = False
     with config.patch(changes):
         yield
+
+
+def recompile_limit() -> str:
+    """The setting of dynamo's that limits the graphs of one ``forward``; torch 2.7 renamed it."""
+    from torch._dynamo import config
+
+    return "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
+from packaging.version import Version
+
 from torchweld import Adapt, Claims, Component, Rel, Settings
 from torchweld_fsdp.options import FsdpOptions
 
@@ -32,6 +36,8 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
         "step.closure",
     ]
     lacks, requires, forbids = dict(LACKS), [], []
+    if Version(version("torch")) < Version("2.7"):
+        requires.append(_OLD_TORCH)
     if options.param_dtype is not None:
         lacks["precision.autocast"] = CASTS["param_dtype"]
         requires.append(_computes_in(options.param_dtype))
@@ -83,6 +89,11 @@ _CUDA = Rel(
     "device.cuda",
     "cpu_offload moves shards to host memory and back, and on the CPU they are there already",
     "leave cpu_offload out",
+)
+_OLD_TORCH = Rel(
+    "device.cuda",
+    "FSDP2 of torch 2.6 has no streams for the CPU and ends in its first gather there",
+    "install torch 2.7 or newer, or choose strategy='ddp'",
 )
 _WHOLE_FIRST = Adapt(
     {"deferred_init": False},
