@@ -24,7 +24,7 @@ from torchweld.components import Settings
 from torchweld.errors import InvalidArgument, PlanError
 from torchweld.testing import models, run_ranks, spawn_ranks
 from torchweld_fsdp import FSDP, FsdpOptions
-from torchweld_fsdp.components import fsdp_claims
+from torchweld_fsdp.components import OLD_TORCH, fsdp_claims
 from torchweld_fsdp.fairscale.components import (
     OssOptions,
     SdpOptions,
@@ -230,17 +230,15 @@ def test_cuda_is_asked_for_where_streams_of_the_cpu_lack_events(
 ) -> None:
     monkeypatch.setattr("torchweld_fsdp.components.version", {"torch": torch_version}.get)
 
-    asked = [need.target for need in fsdp_claims(FsdpOptions(), Settings()).requires]
+    asked = fsdp_claims(FsdpOptions(), Settings()).requires
 
-    assert asked == ["device.cuda"] * is_asked
+    assert asked == ((OLD_TORCH,) if is_asked else ())
 
 
 def test_streams_of_the_cpu_have_events_where_it_is_not_asked_for() -> None:
     has_events = hasattr(torch.cpu.Stream, "record_event")
 
-    needs = fsdp_claims(FsdpOptions(), Settings()).requires
-
-    assert (not needs) == has_events
+    assert (fsdp_claims(FsdpOptions(), Settings()).requires == ()) == has_events
 
 
 # ---- precision -----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def fsdp_claims(options: FsdpOptions, settings: Settings) -> Claims:
     ]
     lacks, requires, forbids = dict(LACKS), [], []
     if Version(version("torch")) < Version("2.7"):
-        requires.append(_OLD_TORCH)
+        requires.append(OLD_TORCH)
     if options.param_dtype is not None:
         lacks["precision.autocast"] = CASTS["param_dtype"]
         requires.append(_computes_in(options.param_dtype))
@@ -90,7 +90,7 @@ _CUDA = Rel(
     "cpu_offload moves shards to host memory and back, and on the CPU they are there already",
     "leave cpu_offload out",
 )
-_OLD_TORCH = Rel(
+OLD_TORCH = Rel(
     "device.cuda",
     "FSDP2 of torch 2.6 has no streams for the CPU and ends in its first gather there",
     "install torch 2.7 or newer, or choose strategy='ddp'",
