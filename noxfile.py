@@ -92,6 +92,12 @@ DEPEND_ON_TORCH = {
     "deepspeed": ["faults", "optimizers", "parity", "state", "trainer"],
     "fsdp": ["deferred", "parity", "remedies", "trainer", "units"],
 }
+# Other points of the supported range, by hand: Python, torch, the plugins that go with both.
+# FSDP2 of torch 2.6 has no CPU.
+VERSIONS = {
+    "2.6": ("3.10", ["torch==2.6.0", "torchvision==0.21.0"], ["composer", "deepspeed"]),
+    "2.9": ("3.12", ["torch==2.9.1", "torchvision==0.24.1"], ["deepspeed", "ffcv", "fsdp"]),
+}
 # Two processes run on two cores: a thread more would wait for the others.
 ENV = {"OMP_NUM_THREADS": "1"}
 
@@ -258,6 +264,24 @@ def pythons(session: nox.Session) -> None:
 def plugin(session: nox.Session, name: str) -> None:
     """Test core with one plugin and no other."""
     run_pytest(session, with_plugins(session, [name]), f"tests/{name}")
+
+
+@nox.session
+@nox.parametrize("torch", list(VERSIONS), ids=list(VERSIONS))
+def versions(session: nox.Session, torch: str) -> None:
+    """Test core and plugins on another torch and Python; takes 6 GB, removed afterwards."""
+    version, torches, plugins = VERSIONS[torch]
+    found = shutil.which(f"python{version}")
+    if not found:
+        session.skip(f"Python {version} is not installed")
+    folders = ["core", *(f"plugins/{name}" for name in plugins)]
+    requirements = [*torches, *libraries(plugins), *WITH_PLUGIN]
+    requirements += [f"--editable={folder}" for folder in folders]
+    python = prepare(session, f"versions-{torch}", requirements, folders=folders, python=found)
+    try:
+        run_pytest(session, python, "tests/core", *(f"tests/{name}" for name in plugins))
+    finally:
+        shutil.rmtree(ENVIRONMENTS / f"versions-{torch}")
 
 
 @nox.session
