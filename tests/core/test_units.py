@@ -82,6 +82,7 @@ def test_a_run_goes_on_bitwise_without_or_with_them(first: dict[str, Any], tmp_p
     assert different(whole, resumed) == []
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # of torch 2.6 itself
 def test_inductor_trains_as_eager_does_but_for_rounding() -> None:
     settings: dict[str, Any] = {"dropout": 0.0, "max_steps": 1, "validates": False}
 
