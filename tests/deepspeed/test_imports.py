@@ -63,6 +63,13 @@ def test_listing_and_planning_import_nothing_heavy() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def said(output: str) -> list[str]:
+    """The words of all lines but those with which gloo of some torch, 2.9 for one, begins."""
+    return [
+        w for line in output.splitlines() if not line.startswith("[Gloo]") for w in line.split()
+    ]
+
+
 def test_two_fits_run_without_a_compiler_and_without_a_word(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
@@ -75,7 +82,7 @@ def test_two_fits_run_without_a_compiler_and_without_a_word(tmp_path: Path) -> N
             outputs = [ranks.output(rank) for rank in (0, 1)]
 
         assert codes == (0, 0), outputs
-        assert [output.split() for output in outputs] == [["steps", "2"] * 2] * 2
+        assert [said(output) for output in outputs] == [["steps", "2"] * 2] * 2
 
 
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
@@ -86,7 +93,7 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
         command, capture_output=True, text=True, check=False, env=outside(), cwd=tmp_path
     )
 
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["steps", "4"] * 2, "")
+    assert (done.returncode, said(done.stdout), done.stderr) == (0, ["steps", "4"] * 2, "")
 
 
 LAUNCHERS = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
@@ -152,7 +153,9 @@ def test_a_dataset_with_transforms_gives_the_pixels_of_its_dataloader(
     level = 1 / 255 / min(IMAGENET.std)
     assert torch.equal(targets, expected_targets)
     assert float((images - expected).abs().max()) <= level * 1.01  # a rounding of the resize
-    assert float(((images - expected).abs() > 1e-5).float().mean()) < 0.02
+    # Of torch 2.9, torchvision rounds otherwise once more: a level in a sixth of the pixels.
+    share = 0.02 if TorchVersion(torch.__version__) < "2.8" else 0.25
+    assert float(((images - expected).abs() > 1e-5).float().mean()) < share
     assert "Compose runs compiled" in loader.note
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
+from torch.torch_version import TorchVersion
 
 from tests.fsdp.gpt import Gpt, LateGpt, text
 from tests.fsdp.strategies import bench_of, case_of, different, is_layer, steps_of
@@ -419,7 +420,7 @@ def replaced_shard(case: Case) -> str:
 
 def test_the_optimizer_trains_the_shards_that_the_model_uses() -> None:
     reached, _ = run_ranks(moved_by_locals_bound_too_early, 2)
-    pads_anew = torch.__version__.startswith(("2.6", "2.7"))
+    pads_anew = TorchVersion(torch.__version__) < "2.10"  # seen with 2.7 and 2.9, not with 2.13
     assert reached < 0.9 if pads_anew else reached == pytest.approx(1.0)
 
     for message in run_ranks(replaced_shard, 2, case_of(bench_of("fsdp", 2), "mlp")):
