@@ -190,14 +190,23 @@ def libraries(plugins: Sequence[str]) -> list[str]:
     return [library for name in plugins for library in LIBRARIES[name]]
 
 
+def distributions(plugins: Sequence[str]) -> list[str]:
+    """The folders of core and of ``plugins``."""
+    return ["core", *(f"plugins/{name}" for name in plugins)]
+
+
+def editable(folders: Sequence[str]) -> list[str]:
+    """What makes pip install ``folders`` so that their files are the ones that run."""
+    return [f"--editable={folder}" for folder in folders]
+
+
 def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     """Return the Python of an environment with core and ``plugins``, all in editable mode."""
     if "ffcv" in plugins:
         install_system_packages(session)
-    folders = ["core", *(f"plugins/{name}" for name in plugins)]
-    editable = [f"--editable={folder}" for folder in folders]
+    folders = distributions(plugins)
     tools = WITH_PLUGIN if len(plugins) == 1 else WITH_PLUGINS
-    requirements = [*libraries(plugins), *tools, *editable]
+    requirements = [*libraries(plugins), *tools, *editable(folders)]
     name = "-".join(["core", *plugins])
     return prepare(session, name, requirements, torch=torch_for(plugins), folders=folders)
 
@@ -274,9 +283,8 @@ def versions(session: nox.Session, torch: str) -> None:
     found = shutil.which(f"python{version}")
     if not found:
         session.skip(f"Python {version} is not installed")
-    folders = ["core", *(f"plugins/{name}" for name in plugins)]
-    requirements = [*torches, *libraries(plugins), *WITH_PLUGIN]
-    requirements += [f"--editable={folder}" for folder in folders]
+    folders = distributions(plugins)
+    requirements = [*torches, *libraries(plugins), *WITH_PLUGIN, *editable(folders)]
     python = prepare(session, f"versions-{torch}", requirements, folders=folders, python=found)
     try:
         run_pytest(session, python, "tests/core", *(f"tests/{name}" for name in plugins))
@@ -289,8 +297,8 @@ def newest(session: nox.Session) -> None:
     """Test all plugins but composer at once on the newest torch, without torchvision."""
     install_system_packages(session)
     plugins = [name for name in PLUGINS if name != "composer"]
-    folders = ["core", *(f"plugins/{name}" for name in plugins)]
-    requirements = [*libraries(plugins), *PYTEST, *(f"--editable={folder}" for folder in folders)]
+    folders = distributions(plugins)
+    requirements = [*libraries(plugins), *PYTEST, *editable(folders)]
     python = prepare(session, "newest", requirements, torch=torch_for([]), folders=folders)
     run_pytest(session, python, "tests/together/test_without_composer.py")
 
@@ -320,7 +328,7 @@ def build(session: nox.Session) -> None:
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     python = prepare(session, "packaging", [*PYTEST, "packaging"])
-    folders = ["./core", *(f"./plugins/{name}" for name in PLUGINS)]
+    folders = [f"./{folder}" for folder in distributions(PLUGINS)]
     session.run(python, *PIP, "wheel", "--no-deps", f"--wheel-dir={dist}", *folders)
     session.env["TORCHWELD_WHEELS"] = str(dist)
     run_pytest(session, python, "tests/packaging")
@@ -334,7 +342,7 @@ def build(session: nox.Session) -> None:
 def install_alone(session: nox.Session, plugins: Sequence[str], wheels: Sequence[Path]) -> None:
     """Install wheels and what they ask for into an environment with torch alone, and start them."""
     paths = [str(wheel) for wheel in wheels]
-    folders = ["core", *(f"plugins/{name}" for name in plugins)]
+    folders = distributions(plugins)
     name = "-".join(["wheel", *(plugins or ["core"])])
     requirements = [*libraries(plugins), *paths]
     python = prepare(session, name, requirements, torch=torch_for(plugins), folders=folders)
