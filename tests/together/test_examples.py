@@ -158,20 +158,19 @@ def run_counted(module: str, *arguments: str) -> tuple[dict[str, Tensor], int, i
         value: Tensor = loss(logits, targets)
         return value
 
-    script.nats_per_byte = counting
     torch._dynamo.utils.counters.clear()
-    _, weights = run_script(module, *arguments)
-    script.nats_per_byte = loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "nats_per_byte", counting)
+        _, weights = run_script(module, *arguments)
     return weights, micro_batches, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def run_compiled_and_resumed() -> dict[str, tuple[dict[str, Tensor], int, int]]:
     """Both versions compiled, whole, and gone on with from their third step."""
     script: Any = importlib.import_module("examples.gpt")
-    every_third = partial(ModelCheckpoint, every_n_train_steps=3)
     found = {}
     with pytest.MonkeyPatch.context() as patch:  # other tests run in this process, too
-        patch.setattr(script, "ModelCheckpoint", lambda **_: every_third())
+        patch.setattr(script, "ModelCheckpoint", lambda **_: ModelCheckpoint(every_n_train_steps=3))
         for name, saving in (("plain.gpt", ["--save-every=3"]), ("gpt", [])):
             run = partial(run_counted, f"examples.{name}", "--steps=4")
             found[f"{name} compiled"] = run("--compile=aot_eager")
