@@ -52,7 +52,8 @@ for stage in args.stages:
     result = trainer.fit(
         models.mlp(), data, loss=F.cross_entropy, optimizer=partial(torch.optim.AdamW, lr=1e-2)
     )
-    print("steps", result.progress.step)
+    # In one piece: print() writes several, between which another process can write.
+    sys.stdout.write(f"steps {result.progress.step}\\n")
 """
 
 

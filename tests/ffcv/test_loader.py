@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.ffcv.reading import ROOT, labels, load, photos, pictures, write
+from tests.ffcv.reading import ROOT, labels, load, photo, photos, pictures, write
 from torchweld.components import use
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.planning import make_plan
@@ -190,7 +190,12 @@ print(later - threads, abs(after - before) < 50e6)
 
 def run_python(code: str, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that can import the tests."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environ}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        **environ,
+    }
     return subprocess.run(
         [sys.executable, "-c", code, *words],
         capture_output=True,
@@ -204,6 +209,57 @@ def test_a_hundred_epochs_left_early_leave_nothing_and_the_process_ends_well(jpe
     done = run_python(LEAVE_EARLY, str(jpegs))
 
     assert (done.stdout.split(), done.returncode) == (["0", "True"], 0), done.stderr
+
+
+BESIDE_STOCK = """
+import sys
+import numba
+import numpy as np
+from numba.core.errors import TypingError
+from tests.ffcv.reading import load
+from torchweld_ffcv import image
+
+@numba.njit
+def empty(size):
+    return np.empty(size, np.uint8)
+
+@numba.njit
+def black(size):
+    pixels = np.empty(size, np.uint8)
+    pixels[:] = 0
+    return pixels
+
+def ours(**spec):
+    loader = load(sys.argv[1], batch_size=2, shuffle=False, spec={"image": image(**spec)})
+    return [images.permute(0, 2, 3, 1).clone() for images, _ in loader]
+
+def theirs():
+    from ffcv.loader import Loader  # not before ours has run
+    loader = Loader(sys.argv[1], batch_size=2, num_workers=1, drop_last=False)
+    return [images.clone() for images, _ in loader]
+
+def are_equal(left, right):
+    return all(map(np.array_equal, left, right)) and len(left) == len(right) == 2
+
+empty(1)
+ours()
+before = theirs()
+try:
+    black(1)
+except TypingError as error:
+    print("Cannot modify readonly array" in str(error))
+print(are_equal(ours(normalize=None), before), are_equal(theirs(), before))
+"""
+
+
+@pytest.mark.parametrize("store", ["raw", "jpeg"])
+def test_images_are_compiled_beside_ffcvs_own_loader(tmp_path: Path, store: str) -> None:
+    path = write(tmp_path / "some.beton", [(photo(i), i) for i in range(3)], store=store)
+
+    done = run_python(BESIDE_STOCK, str(path), XDG_CACHE_HOME=str(tmp_path))  # nothing compiled yet
+
+    # The first is the control: FFCV's loader has broken what is compiled after it.
+    assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
 NEVER_FINISHED = """

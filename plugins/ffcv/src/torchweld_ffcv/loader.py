@@ -15,6 +15,7 @@ import torch
 
 from torchweld.data.order import ShardedBatches
 from torchweld.errors import CheckpointError
+from torchweld_ffcv.array_types import keep_bytes_writable
 from torchweld_ffcv.columns import Rows
 from torchweld_ffcv.contract import BatchContract
 from torchweld_ffcv.reading import Pending
@@ -148,6 +149,7 @@ class FfcvLoader:
     # ---- reading ahead -------------------------------------------------------------------------
 
     def _read_ahead(self, chunks: Iterator[list[int]], epoch: int) -> Iterator[Any]:
+        keep_bytes_writable()
         pool, seed = self._executor(), self._batches.seed
         rows = (Rows(np.asarray(chunk, np.int64), seed, epoch) for chunk in chunks)
         begun = (self._reader.submit(pool, each) for each in rows)

@@ -1,0 +1,39 @@
+"""Numba's types of arrays, kept as they are beside FFCV's own loader.
+
+numba has one object for each type. ``OSCacheManager.compile_reader`` of ffcv 1.0.2 marks that of
+one-dimensional arrays of bytes as read-only, for the whole process: code that is compiled later
+cannot write bytes, and what was compiled for such arrays before is not found any more.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numba import types
+
+_BYTES: Any = types.Array(types.uint8, 1, "C")  # held, as numba forgets a type that nobody holds
+
+
+def keep_bytes_writable() -> None:
+    """Undo what a loader of FFCV's own has done to the type, and have later ones not do it.
+
+    Called when an epoch begins: a program may use FFCV's loader at any time, without this plugin.
+    """
+    os_cache = sys.modules.get("ffcv.memory_managers.os_cache")
+    if os_cache is not None:
+        os_cache.OSCacheManager.compile_reader = _compile_reader  # type: ignore[attr-defined]  # ffcv has no types
+        _BYTES.mutable = True
+
+
+def _compile_reader(_manager: Any) -> Any:
+    """What finds a value's bytes by its address; numba finds the types at the first call."""
+    compiler = sys.modules["ffcv.pipeline.compiler"].Compiler
+
+    def read(address: Any, state: Any) -> Any:
+        data, starts, sizes = state
+        size = sizes[np.searchsorted(starts, address)]
+        return data[address : address + size]
+
+    return compiler.compile(read)
