@@ -211,9 +211,20 @@ def with_plugins(session: nox.Session, plugins: Sequence[str]) -> str:
     return prepare(session, name, requirements, torch=torch_for(plugins), folders=folders)
 
 
+def order_seed() -> int:
+    """Seed of the tests' random order: another with every change of the tests, else the same one.
+
+    What has passed in one place then passes in another, and what fails there fails here.
+    """
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    content = sha256(b"".join(path.read_bytes() for path in files)).digest()
+    return int.from_bytes(content[:4], "big")
+
+
 def run_pytest(session: nox.Session, python: str, *arguments: str) -> None:
     """Run tests; a session that finds none fails, because pytest's exit code 5 is no success."""
-    session.run(python, "-m", "pytest", *arguments, *session.posargs, env=ENV)
+    seed = f"--randomly-seed={order_seed()}"
+    session.run(python, "-m", "pytest", seed, *arguments, *session.posargs, env=ENV)
 
 
 @nox.session

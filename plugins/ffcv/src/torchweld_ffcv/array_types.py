@@ -23,7 +23,7 @@ def keep_bytes_writable() -> None:
     """
     os_cache = sys.modules.get("ffcv.memory_managers.os_cache")
     if os_cache is not None:
-        os_cache.OSCacheManager.compile_reader = _compile_reader  # type: ignore[attr-defined]  # ffcv has no types
+        os_cache.OSCacheManager.compile_reader = _compile_reader
         _BYTES.mutable = True
 
 
