@@ -34,16 +34,24 @@ def scratch() -> Iterator[Path]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     (place / "unlocked").rename(place / _LOCK)  # only now may others try it
     os.environ["TMPDIR"] = tempfile.tempdir = str(place)
+    owner = os.getpid()
     try:
         yield place
     finally:
-        tempfile.tempdir = None
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
-        shutil.rmtree(place, ignore_errors=True)
-        os.close(lock)
+        # A forked process that drops its copy of this generator comes here too: on Python 3.13 each
+        # that multiprocessing starts, as it forgets what its parent has registered for its exit.
+        if os.getpid() == owner:
+            _leave(place, before)
+            os.close(lock)
+
+
+def _leave(place: Path, before: str | None) -> None:
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,18 +306,23 @@ def _alone_then_in_a_group() -> tuple[int, int, int]:
     place = f"file://{Path.cwd()}/rendezvous"
     dist.init_process_group("gloo", place, rank=int(variables[0]), world_size=int(variables[1]))
     together = fit(bare(seed=1)).progress.step
-    _leave_one_by_one(int(variables[0]))
-    return alone, together, fit(bare(seed=1)).progress.step
+    with _one_by_one(int(variables[0])):
+        dist.destroy_process_group()
+        afterwards = fit(bare(seed=1)).progress.step
+        gc.collect()  # models that refer to the group are in cycles
+    return alone, together, afterwards
 
 
-def _leave_one_by_one(rank: int) -> None:
-    """Destroy the group on the last rank first: gloo of torch 2.7 can hang when all do at once."""
+@contextmanager
+def _one_by_one(rank: int) -> Iterator[None]:
+    """Go on with the last of two ranks first: gloo can hang where both take their group down."""
     dist.barrier()
-    left = Path("left")  # in the directory that the ranks of a job share
-    while rank == 0 and not left.exists():
+    time.sleep(0.1)  # or while its threads still hold the tensors of the barrier
+    gone = Path("gone")  # in the directory that the ranks of a job share
+    while rank == 0 and not gone.exists():
         time.sleep(0.01)
-    dist.destroy_process_group()
-    left.touch()
+    yield
+    gone.touch()
 
 
 def test_a_group_made_after_a_first_run_is_seen_and_its_end_too() -> None:

@@ -149,6 +149,14 @@ def test_early_stopping_refuses_a_run_that_never_validates(tmp_path: Path) -> No
         train(tmp_path, EarlyStopping("val_loss"), check_val_every_n_epoch=None)
 
 
+def test_checkpoints_are_not_compared_by_a_validation_that_never_comes(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(monitor="val_loss")
+
+    with pytest.raises(InvalidArgument, match=r"ModelCheckpoint\(monitor='val_loss'\).*give val="):
+        train(tmp_path, keep, check_val_every_n_epoch=None, enable_checkpointing=True)
+    assert not list(tmp_path.rglob("step-*"))
+
+
 def stop_on_a_stream() -> str:
     trainer = make_trainer(
         barebones=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,

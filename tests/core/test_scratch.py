@@ -78,3 +78,20 @@ def test_what_a_killed_run_left_goes_with_the_next_and_no_other(root: Path) -> N
         with scratch():
             assert not left.parent.exists()
             assert used.exists()
+
+
+def test_a_forked_process_that_drops_it_leaves_it_alone(root: Path) -> None:
+    with scratch() as place:
+        leave = scratch()
+        other = leave.__enter__()
+        child = os.fork()
+        if child == 0:
+            leave.__exit__(None, None, None)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+        assert other.exists()
+        leave.__exit__(None, None, None)
+        assert not other.exists()
+        assert place.exists()
+    assert not list(root.iterdir())

@@ -17,6 +17,7 @@ from torchweld.planning import auto_strategy, make_plan, per_unit
 from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
 from torchweld.registry import Registry
+from torchweld.setup import elsewhere
 from torchweld.setup.evaluating import EvaluationRequest, evaluate_model, predict_model
 from torchweld.setup.flags import (
     Duration,
@@ -41,6 +42,7 @@ from torchweld.setup.setting_up import bind_one, wire
 from torchweld.setup.several import bind_several
 from torchweld.setup.surroundings import surroundings
 from torchweld.setup.versions import headline
+from torchweld.spelling import named_arguments
 
 if TYPE_CHECKING:
     from torchweld.loop.run import TrainingRun
@@ -90,6 +92,7 @@ class Trainer:
         InvalidArgument: an argument that cannot work whatever the choices are.
     """
 
+    @named_arguments("Trainer", elsewhere.TRAINER)
     def __init__(
         self,
         *,
@@ -196,6 +199,7 @@ class Trainer:
 
     # ---- training --------------------------------------------------------------------------------
 
+    @named_arguments("fit", elsewhere.FIT)
     def fit(
         self,
         model: Any,
@@ -250,6 +254,7 @@ class Trainer:
                 run.train(compute)
         return run.result()
 
+    @named_arguments("prepare", elsewhere.FIT)
     def prepare(
         self,
         model: Any,
@@ -316,6 +321,7 @@ class Trainer:
 
     # ---- afterwards ------------------------------------------------------------------------------
 
+    @named_arguments("evaluate")
     def evaluate(
         self,
         model: Any = None,
@@ -338,6 +344,7 @@ class Trainer:
         request = EvaluationRequest(model, data, loss, eval_step, found, init_weights, weights)
         return evaluate_model(request, self._launch(), self._config, self._trained(model))
 
+    @named_arguments("predict")
     def predict(
         self,
         model: Any = None,

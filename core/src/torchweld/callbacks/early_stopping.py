@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchweld.callbacks.monitored import check_mode, measured_anew, value_of
 from torchweld.errors import InvalidArgument
+from torchweld.spelling import named_arguments
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Border, Run
@@ -31,6 +32,7 @@ class EarlyStopping:
         stopped_step: where the run was stopped, None if it was not.
     """
 
+    @named_arguments("EarlyStopping")
     def __init__(
         self,
         monitor: str,

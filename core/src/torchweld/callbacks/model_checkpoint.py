@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torchweld.callbacks.monitored import check_mode, unknown_metric
 from torchweld.checkpoint import is_checkpoint, remove, value_here
 from torchweld.errors import InvalidArgument
+from torchweld.spelling import named_arguments
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -62,6 +63,7 @@ class ModelCheckpoint:
             one that two want is written once.
     """
 
+    @named_arguments("ModelCheckpoint")
     def __init__(
         self,
         *,

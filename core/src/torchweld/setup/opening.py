@@ -54,7 +54,7 @@ def open_run(
     run = TrainingRun(wiring, where)
     if wiring.directory is not None:
         check_savable(wiring)
-    _check_monitors(wiring)
+    _check_monitors(wiring, own_loop=request.own_loop)
     _bind(run, request)
     wiring = run.wiring
     seed = wiring.plan.settings.seed
@@ -77,7 +77,7 @@ def open_run(
     return run, compute
 
 
-def _check_monitors(wiring: Wiring) -> None:
+def _check_monitors(wiring: Wiring, *, own_loop: bool) -> None:
     """Refuse what would follow a metric that this run never measures."""
     table, sets = wiring.table, wiring.validation.loaders
     epochs_end = table.steps_per_epoch is not None or wiring.ranks.world_size == 1
@@ -88,6 +88,10 @@ def _check_monitors(wiring: Wiring) -> None:
     followers += [(s.monitor, "LRSchedule") for s in wiring.schedules if s.interval == "metric"]
     for monitor, who in followers:
         check_measured(monitor, who, validates=validates, epochs_end=epochs_end)
+    monitored = _monitored(wiring)
+    if monitored and not own_loop:  # which may log a metric of validation itself
+        # What is logged inside an epoch can be compared, too: its end need not be a border.
+        check_measured(monitored[0], "ModelCheckpoint", validates=validates, epochs_end=True)
 
 
 def _bind(run: TrainingRun, request: FitRequest) -> None:
