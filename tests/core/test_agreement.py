@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from tests.core.small_runs import different, make_data, make_model, quiet_trainer, weights
-from torchweld import Component, Trainer, use
+from torchweld import Component, EarlyStopping, ModelCheckpoint, Trainer, use
 from torchweld.errors import (
     CheckpointError,
     InvalidArgument,
@@ -138,6 +138,84 @@ def test_a_component_that_one_rank_cannot_build_ends_all() -> None:
     assert (kind, other) == (PluginError, RankFailed)
     assert "no such disk" in text
     assert "rank 1 stopped in set-up: PluginError: " in told
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def speaking(**settings: Any) -> Trainer:
+    """A Trainer with callbacks."""
+    return quiet_trainer(Path("runs"), **settings)
+
+
+def _stop() -> list[Any]:
+    return [EarlyStopping("train_loss")]
+
+
+RUNS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
+    "epochs": (lambda: fit(bare(max_epochs=2)), lambda: fit(bare(max_epochs=3)), "max_epochs: 2"),
+    "validation on one": (
+        lambda: fit(bare(), val=make_data()),
+        lambda: fit(bare()),
+        r"val: ['one set'] (rank 0), [] (rank 1)",
+    ),
+    "saving on one": (
+        lambda: fit(speaking(callbacks=[ModelCheckpoint(every_n_train_steps=2)])),
+        lambda: fit(speaking()),
+        "every_n_train_steps=2",
+    ),
+    "stopping on one": (
+        lambda: fit(speaking(callbacks=_stop())),
+        lambda: fit(speaking()),
+        "EarlyStopping(",
+    ),
+    "logging": (
+        lambda: fit(speaking(log_every_n_steps=1)),
+        lambda: fit(speaking(log_every_n_steps=2)),
+        "log_every_n_steps: 1 (rank 0), 2 (rank 1)",
+    ),
+    "learning rate": (
+        lambda: fit(bare(), optimizer=partial(SGD, lr=0.1)),
+        lambda: fit(bare(), optimizer=partial(SGD, lr=0.2)),
+        "{'lr': 0.2}",
+    ),
+    "fit and an own loop": (
+        lambda: fit(bare()),
+        lambda: bare().prepare(make_model(), make_data(), optimizer=partial(SGD, lr=0.1)),
+        "call: 'fit' (rank 0), 'prepare' (rank 1)",
+    ),
+}
+
+
+def _run_otherwise(name: str) -> tuple[type[BaseException] | None, str]:
+    first, second, _ = RUNS[name]
+    return outcome((first, second)[rank()])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_run_on_one_rank_is_shown_on_all(name: str) -> None:
+    for kind, text in run_ranks(_run_otherwise, 2, name):
+        assert kind is RanksDisagree
+        assert "TW504  rank 1 has another run than rank 0" in text
+        assert RUNS[name][2] in text
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def at(self, border: Any, run: Any) -> None:
+        """Count borders."""
+        self.seen += 1
+
+
+def _watch_on_one() -> int:
+    watchers = [_Watcher()] if rank() == 0 else []
+    return int(fit(speaking(callbacks=watchers)).progress.step)
+
+
+def test_a_callback_of_ones_own_may_be_on_one_rank() -> None:
+    assert run_ranks(_watch_on_one, 2) == [6, 6]
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from torchweld.interfaces import Result
 from torchweld.loop.console import Console
 from torchweld.loop.metric_objects import as_metrics
 from torchweld.planning import auto_strategy, make_plan, per_unit
+from torchweld.processes.agree import agree_on_run
 from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
 from torchweld.registry import Registry
 from torchweld.setup import elsewhere
+from torchweld.setup.agreeing import what_is_asked
 from torchweld.setup.evaluating import EvaluationRequest, evaluate_model, predict_model
 from torchweld.setup.flags import (
     Duration,
@@ -296,6 +298,7 @@ class Trainer:
         launched = self._launch()
         where: dict[str, Any] = {"doing": "set-up"}
         with launched.ranks.first_cause(where), surroundings(launched.plan.settings):
+            agree_on_run(launched.ranks, what_is_asked(request, self._config))
             console = self._console(launched)
             bind = bind_several if request.names else bind_one
             wiring = wire(launched, request, self._config, console, bind)

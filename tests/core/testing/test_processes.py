@@ -203,7 +203,7 @@ def test_an_exit_of_the_job_does_not_end_the_worker() -> None:
 
 
 def test_a_value_that_cannot_be_pickled_is_a_failure_of_the_rank() -> None:
-    with pytest.raises(RanksFailed, match=r"rank 0: .*pickle"):
+    with pytest.raises(RanksFailed, match=r"rank 0: .*local object"):
         run_ranks(returns_a_lambda, 1)
 
 

@@ -41,6 +41,19 @@ def _error_of(plan: Plan) -> str:
     return ""
 
 
+def agree_on_run(ranks: Ranks, asked: Mapping[str, str]) -> None:
+    """Compare what the ranks are asked to do beside the plan.
+
+    Without it a rank that validates, saves or ends at another step waits for the others for ever,
+    and one with another learning rate trains other weights.
+
+    Raises:
+        RanksDisagree: shows in what.
+    """
+    everyone = [json.loads(text) for text in ranks.exchange("run", json.dumps(dict(asked)))]
+    _compare("run", everyone)
+
+
 def agree_on_model(ranks: Ranks, lines: Sequence[str], digest: str) -> None:
     """Compare names, shapes, dtypes and ``requires_grad`` of every tensor of the model.
 
