@@ -47,8 +47,13 @@ def test_an_unknown_argument_is_answered_with_the_one_that_was_meant(name: str) 
 
 @pytest.mark.parametrize(
     ("call", "table"),
-    [(Trainer, elsewhere.TRAINER), (Trainer.fit, elsewhere.FIT)],
-    ids=["trainer", "fit"],
+    [
+        (Trainer, elsewhere.TRAINER),
+        (Trainer.fit, elsewhere.FIT),
+        (Trainer.prepare, elsewhere.PREPARE),
+        (Trainer.evaluate, elsewhere.EVALUATE),
+    ],
+    ids=["trainer", "fit", "prepare", "evaluate"],
 )
 def test_the_answers_name_arguments_that_there_are(
     call: Callable[..., Any], table: Mapping[str, str]
@@ -57,7 +62,8 @@ def test_the_answers_name_arguments_that_there_are(
     named = set(re.findall(r"(\w+)=", " ".join(table.values())))
 
     assert not known & set(table)
-    assert named <= known | {"shard"}  # of the data source torch
+    others = {*inspect.signature(Trainer).parameters, *inspect.signature(Trainer.fit).parameters}
+    assert named <= known | others | {"shard"}  # of the data source torch
 
 
 def test_what_a_function_takes_can_still_be_asked() -> None:

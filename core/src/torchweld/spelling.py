@@ -54,6 +54,7 @@ def named_arguments(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         known = [name for name in inspect.signature(function).parameters if name != "self"]
 
+        # The one place that passes on what it is given: it has the signature of what it wraps.
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:

@@ -14,7 +14,7 @@ from torchweld.interfaces import Result
 from torchweld.loop.console import Console
 from torchweld.loop.metric_objects import as_metrics
 from torchweld.planning import auto_strategy, make_plan, per_unit
-from torchweld.processes.agree import agree_on_run
+from torchweld.processes.agree import agree_on
 from torchweld.processes.ending import heard_signals
 from torchweld.processes.ranks import launched_world_size
 from torchweld.registry import Registry
@@ -256,7 +256,7 @@ class Trainer:
                 run.train(compute)
         return run.result()
 
-    @named_arguments("prepare", elsewhere.FIT)
+    @named_arguments("prepare", elsewhere.PREPARE)
     def prepare(
         self,
         model: Any,
@@ -298,7 +298,7 @@ class Trainer:
         launched = self._launch()
         where: dict[str, Any] = {"doing": "set-up"}
         with launched.ranks.first_cause(where), surroundings(launched.plan.settings):
-            agree_on_run(launched.ranks, what_is_asked(request, self._config))
+            agree_on(launched.ranks, "run", what_is_asked(request, self._config))
             console = self._console(launched)
             bind = bind_several if request.names else bind_one
             wiring = wire(launched, request, self._config, console, bind)
@@ -324,7 +324,7 @@ class Trainer:
 
     # ---- afterwards ------------------------------------------------------------------------------
 
-    @named_arguments("evaluate")
+    @named_arguments("evaluate", elsewhere.EVALUATE)
     def evaluate(
         self,
         model: Any = None,
@@ -347,7 +347,7 @@ class Trainer:
         request = EvaluationRequest(model, data, loss, eval_step, found, init_weights, weights)
         return evaluate_model(request, self._launch(), self._config, self._trained(model))
 
-    @named_arguments("predict")
+    @named_arguments("predict", elsewhere.EVALUATE)
     def predict(
         self,
         model: Any = None,

@@ -33,6 +33,15 @@ class _Saved(NamedTuple):
     path: Path
 
 
+_ELSEWHERE = {
+    "dirpath": "Trainer(default_root_dir=…) says where runs are written",
+    "filename": "checkpoints are named after their step",
+    "save_last": "the newest is always kept",
+    "save_weights_only": "trainer.export(path) writes the weights alone",
+}
+"""Arguments of Lightning's."""
+
+
 class ModelCheckpoint:
     """Saves at the end of epochs, every so many steps, and at the end of the run.
 
@@ -63,7 +72,7 @@ class ModelCheckpoint:
             one that two want is written once.
     """
 
-    @named_arguments("ModelCheckpoint")
+    @named_arguments("ModelCheckpoint", _ELSEWHERE)
     def __init__(
         self,
         *,

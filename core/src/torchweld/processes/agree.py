@@ -41,8 +41,8 @@ def _error_of(plan: Plan) -> str:
     return ""
 
 
-def agree_on_run(ranks: Ranks, asked: Mapping[str, str]) -> None:
-    """Compare what the ranks are asked to do beside the plan.
+def agree_on(ranks: Ranks, what: str, mine: Mapping[str, str]) -> None:
+    """Compare what the ranks are about to do beside the plan, as text by name.
 
     Without it a rank that validates, saves or ends at another step waits for the others for ever,
     and one with another learning rate trains other weights.
@@ -50,8 +50,8 @@ def agree_on_run(ranks: Ranks, asked: Mapping[str, str]) -> None:
     Raises:
         RanksDisagree: shows in what.
     """
-    everyone = [json.loads(text) for text in ranks.exchange("run", json.dumps(dict(asked)))]
-    _compare("run", everyone)
+    everyone = [json.loads(text) for text in ranks.exchange(what, json.dumps(dict(mine)))]
+    _compare(what, everyone)
 
 
 def agree_on_model(ranks: Ranks, lines: Sequence[str], digest: str) -> None:

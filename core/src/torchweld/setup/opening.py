@@ -30,6 +30,8 @@ from torchweld.loop.saving import check_savable, find_checkpoint, restore_run
 from torchweld.model.facts import batch_facts, try_first_batch
 from torchweld.model.remaking import bind_parts
 from torchweld.nesting import shapes
+from torchweld.processes.agree import agree_on
+from torchweld.setup.agreeing import hyper_parameters
 from torchweld.setup.setting_up import decided
 from torchweld.setup.surroundings import uncompiled
 
@@ -54,7 +56,8 @@ def open_run(
     run = TrainingRun(wiring, where)
     if wiring.directory is not None:
         check_savable(wiring)
-    _check_monitors(wiring, own_loop=request.own_loop)
+    _check_monitors(wiring, request)
+    agree_on(wiring.ranks, "optimizer", hyper_parameters(wiring.optimizers))
     _bind(run, request)
     wiring = run.wiring
     seed = wiring.plan.settings.seed
@@ -77,7 +80,7 @@ def open_run(
     return run, compute
 
 
-def _check_monitors(wiring: Wiring, *, own_loop: bool) -> None:
+def _check_monitors(wiring: Wiring, request: FitRequest) -> None:
     """Refuse what would follow a metric that this run never measures."""
     table, sets = wiring.table, wiring.validation.loaders
     epochs_end = table.steps_per_epoch is not None or wiring.ranks.world_size == 1
@@ -88,10 +91,12 @@ def _check_monitors(wiring: Wiring, *, own_loop: bool) -> None:
     followers += [(s.monitor, "LRSchedule") for s in wiring.schedules if s.interval == "metric"]
     for monitor, who in followers:
         check_measured(monitor, who, validates=validates, epochs_end=epochs_end)
-    monitored = _monitored(wiring)
-    if monitored and not own_loop:  # which may log a metric of validation itself
-        # What is logged inside an epoch can be compared, too: its end need not be a border.
-        check_measured(monitored[0], "ModelCheckpoint", validates=validates, epochs_end=True)
+    # What is logged inside an epoch can be compared too, and a run may log values of its own.
+    of_validation = {"val_loss", *(f"val_{name}" for name in request.metrics)}
+    savers = [c for c in wiring.callbacks if isinstance(c, ModelCheckpoint)]
+    for saver in [] if request.own_loop else savers:
+        if saver.monitor is not None and saver.monitor in of_validation:
+            check_measured(saver.monitor, "ModelCheckpoint", validates=validates, epochs_end=True)
 
 
 def _bind(run: TrainingRun, request: FitRequest) -> None:
