@@ -14,7 +14,8 @@ HEAVY = ("torch", "torchvision", "ffcv", "numba", "numpy", "cv2")
 
 def run_python(code: str, *words: str, **more: str) -> str:
     """What a fresh interpreter prints."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join([str(ROOT), *sys.path])  # this code, wherever it is imported from
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *words],
         capture_output=True,
@@ -82,10 +83,11 @@ found = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *more: None if name == "ffcv" else found(name, *more)
 from tests.ffcv.reading import load
 from torchweld.errors import PluginError
-try:
-    load(sys.argv[1], batch_size=4)
-except PluginError as error:
-    print(error)
+for more in ({}, {"on_unsupported": "dataloader"}):
+    try:
+        load(sys.argv[1], batch_size=4, **more)
+    except PluginError as error:
+        print(error)
 import numpy as np
 pictures = [(np.zeros((4, 4, 3), np.uint8), i) for i in range(3)]
 instead = load(pictures, batch_size=3, on_unsupported="dataloader", cache_dir=sys.argv[2])
@@ -98,8 +100,13 @@ def test_without_ffcv_one_sentence_says_what_to_install_and_a_dataloader_can_sta
 ) -> None:
     path = write(tmp_path / "small.beton", pictures(5))
 
-    said, *rest = run_python(WITHOUT_FFCV, str(path), str(tmp_path)).splitlines()
+    said, with_dataloader, *rest = run_python(WITHOUT_FFCV, str(path), str(tmp_path)).splitlines()
 
     assert "pip install 'torchweld-ffcv[ffcv]'" in said
     assert "'ffcv'" in said
+    # Not a DataLoader over the letters of the path, which is what text would be taken for.
+    assert with_dataloader.startswith(said)
+    assert "on_unsupported='dataloader' cannot help, as a DataLoader reads no path" in (
+        with_dataloader
+    )
     assert rest == ["[0, 1, 2]"]

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tests.ffcv.reading import env, labels, load, photo, source
 from torchweld.errors import InvalidArgument
 from torchweld.interfaces import LoaderRequest
-from torchweld_ffcv import IMAGENET, UNIT, image
+from torchweld_ffcv import IMAGENET, UNIT, float32, image
 from torchweld_ffcv.errors import ConversionError
 from torchweld_ffcv.translate import translate
 
@@ -230,6 +230,40 @@ def test_a_random_dataset_is_not_frozen_silently(tmp_path: Path) -> None:
 
     loader = load(Noisy(), batch_size=2, cache_dir=str(tmp_path), on_unsupported="dataloader")
     assert sorted(labels(loader)) == [0, 1, 2, 3]
+
+
+def test_a_dataloader_is_not_used_where_it_cannot_do_what_was_asked(tmp_path: Path) -> None:
+    def refused(data: Any, **options: Any) -> str:
+        with pytest.raises((InvalidArgument, ConversionError)) as error:
+            load(data, batch_size=2, on_unsupported="dataloader", **options)
+        return str(error.value)
+
+    def own() -> Any:
+        return DataLoader([(np.float32(i), i) for i in range(4)], collate_fn=list)  # type: ignore[arg-type]  # a list
+
+    folder = tmp_path / "folder" / "class"
+    folder.mkdir(parents=True)
+    (folder / "empty.jpg").touch()
+    for path in (folder.parent, str(folder.parent)):
+        said = refused(path, cache_dir=str(tmp_path))
+        assert "empty.jpg" in said
+        assert "cannot help, as a DataLoader reads no path" in said
+    assert "collate_fn (list)" in refused(own(), spec={"0": float32()})
+    assert "a DataLoader has no spec=" in refused(own(), spec={"0": float32()})
+    assert "a DataLoader has no pipelines=" in refused(own(), pipelines={})
+
+
+def test_a_dataloader_that_stands_in_says_which_options_it_leaves_out(tmp_path: Path) -> None:
+    loader = load(
+        Noisy(),
+        batch_size=2,
+        cache_dir=str(tmp_path),
+        on_unsupported="dataloader",
+        order="quasi_random",
+        skip_bad=True,
+    )
+
+    assert "a DataLoader, without skip_bad=True and order='quasi_random': " in loader.note
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import DataLoader
 
 from torchweld.data.order import ShardedBatches, shuffled
-from torchweld.errors import InvalidArgument, PluginError
+from torchweld.errors import InvalidArgument, PluginError, TorchweldError
 from torchweld_ffcv.beton import Beton, read_beton
 from torchweld_ffcv.cache import cached_beton
 from torchweld_ffcv.compiled import is_kept
@@ -83,13 +83,17 @@ class FfcvSource:
         try:
             return self._build(request)
         except (Unsupported, ConversionError, PluginError) as reason:
-            if self.on_unsupported == "dataloader":
+            instead, hindrance = self.on_unsupported == "dataloader", self._hindrance(request.data)
+            if instead and not hindrance:
                 return self._fallback(request, str(reason))
+            if instead:
+                raise _no_dataloader(reason, hindrance) from reason
             if not isinstance(reason, Unsupported):
                 raise
+            option = "data=use('ffcv', on_unsupported='dataloader', …)"
             raise InvalidArgument(
-                f"ffcv cannot read this data: {reason}; change it, or read it with a DataLoader: "
-                "data=use('ffcv', on_unsupported='dataloader', …)"
+                f"ffcv cannot read this data: {reason}; change it, or read it with a DataLoader"
+                + (f" of your own, as one {hindrance}" if hindrance else f": {option}")
             ) from reason
 
     def _build(self, request: LoaderRequest) -> Loader:
@@ -160,8 +164,23 @@ class FfcvSource:
             sharded=False,
         )
         loader: Any = source.build(request)
-        loader.note = "; ".join(filter(None, [loader.note, f"read with a DataLoader: {reason}"]))
+        left_out = {
+            "fields=": self.fields is not None,
+            "skip_bad=True": self.skip_bad,
+            "order='quasi_random'": self.order != "random",
+        }
+        without = " and ".join(words for words, chosen in left_out.items() if chosen)
+        how = f"read with a DataLoader{without and f', without {without}'}: {reason}"
+        loader.note = "; ".join(filter(None, [loader.note, how]))
         return loader  # type: ignore[no-any-return]  # a Loader with one more note
+
+    def _hindrance(self, data: Any) -> str:
+        """Why a DataLoader cannot stand in; empty where it can."""
+        if isinstance(data, (str, Path)):
+            return "reads no path"  # it would take text for a list of samples, its letters
+        if self.pipelines is not None:
+            return "has no pipelines="
+        return "has no spec=" if self.spec else ""
 
     # ---- how it is read ------------------------------------------------------------------------
 
@@ -237,6 +256,16 @@ class FfcvSource:
         if count < self.num_workers:
             note = f"{self.num_workers} workers asked, this process may use {cores} cores: {count}"
         return Threads(count, self.batches_ahead), note
+
+
+def _no_dataloader(reason: Exception, hindrance: str) -> TorchweldError:
+    """What is raised where a DataLoader was asked to stand in and cannot."""
+    words = f"{reason}; on_unsupported='dataloader' cannot help, as a DataLoader {hindrance}"
+    if isinstance(reason, ConversionError):
+        return ConversionError(words, reason.sample)
+    if isinstance(reason, PluginError):
+        return PluginError(words)
+    return InvalidArgument(f"ffcv cannot read this data: {words}")
 
 
 def _skipped_note(beton: Beton) -> str:
