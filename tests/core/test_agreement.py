@@ -207,6 +207,11 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: fit(speaking(enable_checkpointing=False, logger=False)),
         "writes into a directory: True (rank 0), False (rank 1)",
     ),
+    "order of validation": (
+        lambda: fit(bare(), val={"a": make_data(), "b": make_data()}),
+        lambda: fit(bare(), val={"b": make_data(), "a": make_data()}),
+        "val: ['a', 'b'] (rank 0), ['b', 'a'] (rank 1)",
+    ),
     "fit and an own loop": (
         lambda: fit(bare()),
         lambda: bare().prepare(make_model(), make_data(), optimizer=partial(SGD, lr=0.1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.core.trainings import (
     of_dataset,
     weights,
 )
-from torchweld.errors import InvalidArgument, RunError
+from torchweld.errors import InvalidArgument, RanksDisagree, RunError
 from torchweld.testing import run_ranks
 
 
@@ -332,6 +333,40 @@ def test_evaluate_measures_the_trained_model() -> None:
     assert result == pytest.approx({"loss": loss, "accuracy": accuracy}, rel=1e-6)
 
 
+def sets() -> dict[str, DataLoader[Any]]:
+    return {"seen": make_loader(), "unseen": make_loader(13)}
+
+
+def of_both_by_hand(model: nn.Module) -> Any:
+    (seen, accuracy), (unseen, other) = by_hand(model, 24), by_hand(model)
+    values = {"loss/seen": seen, "accuracy/seen": accuracy}
+    return pytest.approx({**values, "loss/unseen": unseen, "accuracy/unseen": other}, rel=1e-6)
+
+
+def test_several_sets_are_evaluated_under_the_names_that_fit_gives_them() -> None:
+    model, trainer = make_net(), make_trainer()
+    during: list[Mapping[str, float]] = []
+    metrics = {"accuracy": correct}
+
+    fresh = trainer.evaluate(model, sets(), loss=F.cross_entropy, metrics=metrics)
+    before = of_both_by_hand(make_net())
+    with trainer.prepare(model, make_loader(), sets(), **arguments(metrics=metrics)) as run:
+        for inputs, targets in run.batches():
+            run.backward(run.loss(run.model(inputs), targets))
+            run.step()
+        during.append(run.evaluate(sets()))
+    after = trainer.evaluate(data=sets())
+
+    assert fresh == before
+    assert during[0] == after == of_both_by_hand(model)
+    logged = run.result().metrics
+    assert {f"val_{name}": value for name, value in after.items()}.items() <= logged.items()
+    with pytest.raises(InvalidArgument, match=r"'seen', 'unseen'.* call it once for each"):
+        trainer.predict(data=sets())
+    with pytest.raises(InvalidArgument, match="has no set to evaluate"):
+        trainer.evaluate(data={})
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_leaves_another_model_as_it_was(training: bool) -> None:
     model = make_net().train(training)
@@ -422,6 +457,25 @@ def test_two_processes_evaluate_with_the_buffers_of_the_first() -> None:
     assert first[0] == pytest.approx({"loss": loss, "accuracy": accuracy}, rel=1e-6)
     assert first[0] == second[0]
     assert "has no sync()" in first[2]
+
+
+def evaluate_sets() -> tuple[dict[str, float], str]:
+    """The second time one of the ranks has them in another order."""
+    trainer, metrics = make_trainer(strategy="ddp", data=of_dataset()), {"accuracy": correct}
+    given: dict[str, Any] = {"loss": F.cross_entropy, "metrics": metrics}
+    found = trainer.evaluate(make_net(), {"seen": make_data(), "unseen": make_data(13)}, **given)
+    names = ["seen", "unseen"][:: -1 if os.environ["RANK"] == "1" else 1]
+    try:
+        trainer.evaluate(make_net(), {name: make_data(13) for name in names}, **given)
+    except RanksDisagree as error:
+        return found, str(error)
+    return found, "no error"
+
+
+def test_two_processes_evaluate_several_sets_in_one_order() -> None:
+    for found, refused in run_ranks(evaluate_sets, 2):
+        assert found == of_both_by_hand(make_net())
+        assert "data: ['seen', 'unseen'] (rank 0), ['unseen', 'seen'] (rank 1)" in refused
 
 
 def predict_all(num_samples: int) -> list[Tensor]:

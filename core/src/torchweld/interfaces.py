@@ -463,7 +463,7 @@ class Run(Protocol):
         """Tensors stay on the device until the border."""
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
-        """Evaluate on ``data``, or on the validation data given to ``fit`` or ``prepare``."""
+        """Evaluate on ``data``, a set or a mapping of several, or on what was given as ``val``."""
 
     def gather(self, value: Any) -> Any:
         """The values of all ranks, stacked."""

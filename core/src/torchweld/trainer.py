@@ -340,7 +340,7 @@ class Trainer:
 
         Args:
             model: None for the one that was trained last, with its loss and metrics.
-            data: as ``val`` of :meth:`fit`.
+            data: as ``val`` of :meth:`fit`; of several sets the values are ``"loss/<set>"``.
             weights: ``"average"`` for those that a surgery of the run keeps.
         """
         found = as_metrics(metrics)

@@ -14,6 +14,7 @@ from torchweld.errors import InvalidArgument, RunError
 from torchweld.interfaces import Border
 from torchweld.loop.averages import average_of, averaged
 from torchweld.loop.beside import BesideSaver
+from torchweld.loop.evaluation import evaluate_data
 from torchweld.loop.measuring import learning_rates, peak_memory_gib
 from torchweld.model.parameters import TrainableWatch
 from torchweld.processes.ending import signal_name
@@ -211,16 +212,12 @@ class Borders:
     # ---- validation ------------------------------------------------------------------------
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
-        """Evaluate on ``data`` (plain names), or on ``val=`` (names as logged)."""
+        """Evaluate on ``data``, one set or several (plain names), or on ``val=`` (as logged)."""
         if data is None:
             if not self._wiring.validation.loaders:
                 raise InvalidArgument("run.evaluate() needs data: give val= to fit or prepare")
             return self._validation_metrics()
-        loader = self._wiring.make_loader(data)
-        try:
-            return self._wiring.evaluator.evaluate(loader)
-        finally:
-            loader.close()
+        return evaluate_data(self._wiring.evaluator, self._wiring.make_loader, data)
 
     def _validate(self) -> None:
         self._call({"eval_start"})

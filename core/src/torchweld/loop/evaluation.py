@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torchweld import rng
 from torchweld.errors import InvalidArgument, RunError
 from torchweld.loop.metric_objects import computed
 from torchweld.model.facts import check_counts, named_loss
+from torchweld.processes.agree import agree_on
 
 if TYPE_CHECKING:
     from torchweld.interfaces import Loader, Metric
@@ -169,6 +170,34 @@ class Evaluator:
         if pairs.pop(_SAMPLES)[1] == 0:
             raise RunError("evaluation read no sample: the data is empty, or was read before")
         return {n: total / count for n, (total, count) in pairs.items() if count}
+
+
+def evaluate_data(
+    evaluator: Evaluator, make_loader: Callable[[Any], Loader], data: Any
+) -> dict[str, float]:
+    """Return what ``evaluator`` measures on ``data``; every rank must call it.
+
+    Args:
+        data: one set, or a mapping of several, whose values are named as those of ``val=``:
+            ``loss/<set>``.
+
+    Raises:
+        InvalidArgument: the mapping is empty.
+        RanksDisagree: the ranks have other sets, or in another order.
+    """
+    if not isinstance(data, Mapping):
+        with closing(make_loader(data)) as loader:
+            return evaluator.evaluate(loader)
+    if not data:
+        raise InvalidArgument("data={} has no set to evaluate: give one, or a mapping of several")
+    # The sums are added up set by set, so all ranks must have them in one order.
+    agree_on(evaluator.ranks, "choice of sets", {"data": str([str(name) for name in data])})
+    found: dict[str, float] = {}
+    for name, each in data.items():
+        with closing(make_loader(each)) as loader:
+            result = evaluator.evaluate(loader)
+        found.update({f"{k}/{name}" if name else k: v for k, v in result.items()})
+    return found
 
 
 @contextmanager

@@ -174,7 +174,7 @@ class TrainingRun:
         self.wiring.console.say(line)
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
-        """Evaluate on ``data``, or on the validation data; every rank must call it."""
+        """Evaluate on ``data``, one set or a mapping, or on ``val=``; every rank must call it."""
         return self.borders.evaluate(data)
 
     def gather(self, value: Any) -> Any:

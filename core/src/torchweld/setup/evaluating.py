@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torchweld.errors import InvalidArgument
 from torchweld.loop.averages import averaged, check_weights
 from torchweld.loop.console import Console
-from torchweld.loop.evaluation import Evaluator, bind_forward
+from torchweld.loop.evaluation import Evaluator, bind_forward, evaluate_data
 from torchweld.loop.handle import Handle
 from torchweld.loop.metric_objects import check_metrics
 from torchweld.loop.placing import bind_transform
@@ -61,9 +61,9 @@ def evaluate_model(
     with (
         launched.ranks.first_cause({"doing": "evaluation"}),
         surroundings(launched.plan.settings),
-        _ready(request, launched, config, trained) as (evaluator, loader),
+        _ready(request, launched, config, trained) as (evaluator, make_loader),
     ):
-        return evaluator.evaluate(loader)
+        return evaluate_data(evaluator, make_loader, request.data)
 
 
 def predict_model(
@@ -73,15 +73,21 @@ def predict_model(
     with (
         launched.ranks.first_cause({"doing": "prediction"}),
         surroundings(launched.plan.settings),
-        _ready(request, launched, config, trained) as (evaluator, loader),
+        _ready(request, launched, config, trained) as (evaluator, make_loader),
     ):
-        return evaluator.predict(loader)
+        if isinstance(request.data, Mapping):
+            raise InvalidArgument(
+                f"data={{{', '.join(map(repr, request.data))}}} has several sets, and predict "
+                "returns the outputs of one: call it once for each"
+            )
+        with closing(make_loader(request.data)) as loader:
+            return evaluator.predict(loader)
 
 
 @contextmanager
 def _ready(
     request: EvaluationRequest, launched: Launched, config: Config, trained: TrainingRun | None
-) -> Iterator[tuple[Evaluator, Loader]]:
+) -> Iterator[tuple[Evaluator, MakeLoader]]:
     if request.data is None:
         raise InvalidArgument("data=None: give the data to read, as val= of fit")
     check_functions(request, "loss", "eval_step")
@@ -91,12 +97,8 @@ def _ready(
     if averages and trained is None:
         raise InvalidArgument("weights='average' is of a run: leave model= out after fit")
     evaluator, make_loader = _evaluator(request, launched, config, trained)
-    loader = make_loader(request.data)
-    try:
-        with averaged(trained.wiring) if averages and trained is not None else nullcontext():
-            yield evaluator, loader
-    finally:
-        loader.close()
+    with averaged(trained.wiring) if averages and trained is not None else nullcontext():
+        yield evaluator, make_loader
 
 
 def _evaluator(
