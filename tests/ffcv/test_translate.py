@@ -206,6 +206,63 @@ def test_a_dataloader_is_used_instead_where_the_user_allows_it(
     assert "read with a DataLoader: transforms of its own: ColorJitter" in loader.note
 
 
+def without_equivalent() -> Any:
+    return v2.Compose([v2.ToImage(), v2.ColorJitter(0.4), TO_FLOAT])
+
+
+@pytest.mark.parametrize("transform", [deterministic, without_equivalent])
+def test_what_the_user_chose_replaces_the_datasets_transform_and_the_note_says_so(
+    folder: Path, tmp_path: Path, transform: Any
+) -> None:
+    dataset, kept = ImageFolder(folder, transform()), {"cache_dir": str(tmp_path)}
+
+    ours = load(dataset, batch_size=4, spec={"image": image(crop="center", size=16)}, **kept)
+    theirs = load(dataset, batch_size=4, pipelines={"image": None}, **kept)
+
+    assert tuple(next(iter(ours))[0].shape) == (4, 3, 16, 16)
+    assert "Compose is replaced by spec=" in ours.note
+    assert "Compose is replaced by pipelines=" in theirs.note
+    assert "runs compiled" not in ours.note + theirs.note
+
+
+def test_a_spec_for_another_field_leaves_the_transform_in_force(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: Any = {"batch_size": 4, "cache_dir": str(tmp_path), "spec": {"label": float32()}}
+
+    loader = load(ImageFolder(folder, deterministic()), **options)
+
+    assert tuple(next(iter(loader))[0].shape) == (4, 3, 32, 32)
+    assert "Compose runs compiled" in loader.note
+    with pytest.raises(InvalidArgument, match="ColorJitter"):
+        load(ImageFolder(folder, without_equivalent()), **options)
+
+
+class Plain(Dataset[Any]):
+    """As most are written by hand: without asking whether there is a transform."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(Image.fromarray(photo(index, 60, 80))), index
+
+
+def test_a_dataset_that_calls_its_transform_unasked_is_converted(tmp_path: Path) -> None:
+    dataset = Plain(deterministic())
+
+    loader = load(dataset, batch_size=4, shuffle=False, cache_dir=str(tmp_path))
+
+    images, targets = next(iter(loader))
+    expected, expected_targets = next(iter(DataLoader(dataset, batch_size=4)))
+    assert torch.equal(targets, expected_targets)
+    assert float((images - expected).abs().mean()) < 0.01
+    assert isinstance(dataset[0][0], torch.Tensor)  # and is left as it was
+
+
 def test_a_folder_of_images_is_read_by_its_path(folder: Path, tmp_path: Path) -> None:
     spec = {"image": image(crop="center", size=16)}
 

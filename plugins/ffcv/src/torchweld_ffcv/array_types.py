@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 
 _BYTES: Any = types.Array(types.uint8, 1, "C")  # held, as numba forgets a type that nobody holds
 
@@ -19,12 +20,15 @@ _BYTES: Any = types.Array(types.uint8, 1, "C")  # held, as numba forgets a type 
 def keep_bytes_writable() -> None:
     """Undo what a loader of FFCV's own has done to the type, and have later ones not do it.
 
-    Called when an epoch begins: a program may use FFCV's loader at any time, without this plugin.
+    Called when an epoch begins: a program may use FFCV's loader at any time, without this plugin;
+    and before anything of FFCV's is compiled here.
     """
     os_cache = sys.modules.get("ffcv.memory_managers.os_cache")
     if os_cache is not None:
         os_cache.OSCacheManager.compile_reader = _compile_reader
-        _BYTES.mutable = True
+        if not _BYTES.mutable:
+            with global_compiler_lock:  # nor while another thread compiles
+                _BYTES.mutable = True
 
 
 def _compile_reader(_manager: Any) -> Any:

@@ -83,10 +83,15 @@ def without_transform(dataset: Any) -> tuple[Any, Any]:
     if transform is None or inspect.ismethod(transform):
         return dataset, None
     bare = copy.copy(dataset)
-    bare.transform = None
     if hasattr(bare, "transforms"):  # torchvision keeps both in one more object
-        bare.transforms = _target_only(bare)
+        bare.transform, bare.transforms = None, _target_only(bare)
+    else:
+        bare.transform = _unchanged  # it may be called without asking whether there is one
     return bare, transform
+
+
+def _unchanged(image: Any) -> Any:
+    return image
 
 
 def _target_only(dataset: Any) -> Any:

@@ -27,6 +27,7 @@ from ffcv.pipeline.graph import Graph
 from ffcv.reader import Reader
 
 from torchweld.errors import InvalidArgument, RunError
+from torchweld_ffcv.array_types import keep_bytes_writable
 from torchweld_ffcv.beton import Beton
 from torchweld_ffcv.columns import Rows
 from torchweld_ffcv.contract import BatchContract, FieldContract
@@ -165,6 +166,7 @@ class _File:
         self.positions = {name: place for place, name in enumerate(self.reader.handlers)}
         memory = _Memory(self.reader)
         self.storage = memory.schedule_epoch(()).__enter__().state
+        keep_bytes_writable()
         self.read = memory.compile_reader()
 
 

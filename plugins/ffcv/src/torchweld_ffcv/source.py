@@ -130,15 +130,27 @@ class FfcvSource:
             return _Chosen(read_beton(data), Given(None), self.spec or {})
         given = unwrap_loader(data) if isinstance(data, DataLoader) else Given(data)
         bare, transform = without_transform(given.dataset)
-        translation = translate(transform) if transform is not None else None
-        if translation is not None and translation.spec is None:
-            raise Unsupported(f"transforms of its own: {', '.join(translation.refused)}")
+        if transform is not None and self.pipelines is None and not self.spec:
+            _spec_of(transform)  # what is refused is refused before anything is converted
         beton = read_beton(self._convert(bare, request))
-        spec = dict(self.spec or {})
-        if translation is None:
-            return _Chosen(beton, given, spec)
-        spec = {_image_field(beton): translation.spec, **spec}
-        return _Chosen(beton, given, spec, (f"{type(transform).__name__} runs compiled",))
+        if transform is None:
+            return _Chosen(beton, given, self.spec or {})
+        return self._with_transform(_Chosen(beton, given, self.spec or {}), transform)
+
+    def _with_transform(self, chosen: _Chosen, transform: Any) -> _Chosen:
+        """Do what the dataset's transform did, unless the user chose something else for it."""
+        name = type(transform).__name__
+        if self.pipelines is not None:
+            return replace(chosen, notes=(f"{name} is replaced by pipelines=",))
+        images = [field for field in chosen.beton.fields if field.kind == "image"]
+        if images and all({one.name, one.stored_name} & chosen.spec.keys() for one in images):
+            return replace(chosen, notes=(f"{name} is replaced by spec=",))
+        if len(images) != 1:
+            raise Unsupported(
+                f"the dataset has a transform, and {len(images)} fields with images to apply it to"
+            )
+        spec = {images[0].name: _spec_of(transform), **chosen.spec}
+        return replace(chosen, spec=spec, notes=(f"{name} runs compiled",))
 
     def _convert(self, dataset: Any, request: LoaderRequest) -> Path:
         env = request.env
@@ -275,14 +287,11 @@ def _skipped_note(beton: Beton) -> str:
     return f"left out {count:,} bad samples (torchweld ffcv inspect {beton.path} lists them)"
 
 
-def _image_field(beton: Beton) -> str:
-    """The field that a dataset's transform is for."""
-    images = [field.name for field in beton.fields if field.kind == "image"]
-    if len(images) != 1:
-        raise Unsupported(
-            f"the dataset has a transform, and {len(images)} fields with images to apply it to"
-        )
-    return images[0]
+def _spec_of(transform: Any) -> ImageSpec:
+    translation = translate(transform)
+    if translation.spec is None:
+        raise Unsupported(f"transforms of its own: {', '.join(translation.refused)}")
+    return translation.spec
 
 
 def _say(text: str) -> None:
