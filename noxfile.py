@@ -97,7 +97,7 @@ DEPEND_ON_TORCH = {
 VERSIONS = {
     "2.6": ("3.10", ["torch==2.6.0", "torchvision==0.21.0"], ["composer", "deepspeed"]),
     "2.9": ("3.12", ["torch==2.9.1", "torchvision==0.24.1"], ["deepspeed", "ffcv", "fsdp"]),
-    "2.13": ("3.13", ["torch==2.13.0"], ["deepspeed", "fsdp"]),
+    "2.13": ("3.13", ["torch==2.13.0", "torchvision==0.28.0"], ["deepspeed", "ffcv", "fsdp"]),
 }
 # Two processes run on two cores: a thread more would wait for the others.
 ENV = {"OMP_NUM_THREADS": "1"}

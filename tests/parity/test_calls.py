@@ -28,8 +28,8 @@ from torchweld import (
 from torchweld.loop.run import TrainingRun
 
 STEPS = 100
-ALLOWED = {"fit": 4.0, "own_loop": 5.0}
-"""Python calls a batch above the same loop by hand, borders (every 50 steps) included.
+ALLOWED = {"fit": 4.0, "own_loop": 5.0, "two_models": 9.0}
+"""Python calls a step above the same loop by hand, borders (every 50 steps) included.
 
 Between two borders it is two for ``fit`` (the loss, the step) and three for an own loop (backward,
 step, and the strategy's step); the rest is the border's share.
@@ -140,6 +140,43 @@ def test_a_batch_costs_few_calls_with_everything_on(
     extra = calls_of(partial(train, folder=tmp_path), accumulate)
 
     assert 0 < extra / accumulate <= ALLOWED[train.__name__], extra
+
+
+def two_by_hand(steps: int) -> int:
+    models = make_model(), make_model()
+    optimizers = [SGD(model.parameters(), lr=0.1) for model in models]
+    loader = make_loader(steps)
+    with counting() as counter:
+        for inputs, targets in loader:
+            for model, optimizer in zip(models, optimizers, strict=True):
+                F.cross_entropy(model(inputs), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return counter.calls
+
+
+def two_models(steps: int, folder: Path) -> None:
+    models, optimizer = {"g": make_model(), "d": make_model()}, partial(SGD, lr=0.1)
+    trainer = make_trainer(1, folder, {})
+    optimizers = dict.fromkeys(models, optimizer)
+    with trainer.prepare(models, make_loader(steps), optimizer=optimizers) as run:
+        handles = run.models.values()
+        for inputs, targets in run.batches():
+            for handle in handles:
+                handle.backward(F.cross_entropy(handle(inputs), targets))
+                handle.step()
+
+
+def test_a_step_of_one_of_two_models_costs_few_calls(tmp_path: Path) -> None:
+    for _ in range(2):  # not the first, as in calls_of
+        counts = []
+        for steps in (STEPS, 2 * STEPS):
+            with counting() as counter:
+                two_models(steps, tmp_path)
+            counts.append(counter.calls - two_by_hand(steps))
+    extra = (counts[1] - counts[0]) / STEPS
+
+    assert 0 < extra / 2 <= ALLOWED["two_models"], extra
 
 
 class _Kept:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from operator import itemgetter, length_hint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchweld.errors import LoopError
 from torchweld.loop.handle import NOT_THE_RUNS_MODEL
@@ -42,21 +42,44 @@ _NOT_STEPPED = (
 _batch_of = itemgetter(1)
 
 
+class Place(NamedTuple):
+    """Where a batch is in its run.
+
+    Attributes:
+        weight: what its loss counts, where batches are uneven.
+        is_first: it begins a window.
+        is_last: it ends one.
+        begins_segment: it is the first after a border.
+    """
+
+    weight: float
+    is_first: bool
+    is_last: bool
+    begins_segment: bool
+
+
 class OwnLoop:
     """Hands out batches; segment and window belong to the run, so a ``break`` loses nothing.
 
     Args:
         backward: gradients of one batch.
         advance: the optimizer step at the end of a window.
+        checks_use: refuse a batch with which ``run.model`` was not called.
     """
 
     def __init__(
-        self, run: TrainingRun, backward: Callable[[Tensor], None], advance: Callable[[], Any]
+        self,
+        run: TrainingRun,
+        backward: Callable[[Tensor], None],
+        advance: Callable[[], Any],
+        *,
+        checks_use: bool = True,
     ) -> None:
         self._run = run
         self._backward, self._advance = backward, advance
         self._losses = run.wiring.recorder.losses
-        self._handle, self._bare = run.wiring.handle, run.wiring.forward_is_bare
+        self._handle = run.wiring.handle
+        self._bare = run.wiring.forward_is_bare or not checks_use
         self._window = run.wiring.prepared.window
         self._endless = run.wiring.feed.num_batches is None
         self._told = False  # whether the strategy knows of the next micro-batch
@@ -75,25 +98,10 @@ class OwnLoop:
         """Whether gradients are waiting for a step."""
         return self._place > 0 or self._state == _BACKWARD_DONE
 
-    @property
-    def weight(self) -> float:
-        """What the loss of the last batch counts, where batches are uneven."""
-        return self._weight
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the last batch begins a window; before its step."""
-        return self._place == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the last batch ends its window; before its step."""
-        return self._place == self._size - 1
-
-    @property
-    def begins_segment(self) -> bool:
-        """Whether the last batch is the first after a border."""
-        return not self._losses
+    def place(self) -> Place:
+        """Where the last batch is; before its step."""
+        begins_segment = not self._losses
+        return Place(self._weight, self._place == 0, self._place == self._size - 1, begins_segment)
 
     def batches(self) -> Iterator[Any]:
         """Batches up to the end of the run; the border work is done between two of them.
@@ -199,7 +207,7 @@ class OwnLoop:
         """
         if self._state != _STEPPED or self._left - self._unread() != 1:
             raise LoopError(self._wrong_backward())
-        if not (self._handle.used or self._bare):
+        if not (self._bare or self._handle.used):
             raise LoopError(NOT_THE_RUNS_MODEL)
         self._state = _BACKWARD_BEGUN
         self._backward(loss if self._weight == 1.0 else loss * self._weight)
@@ -228,7 +236,9 @@ class OwnLoop:
                 "run.step() was called twice for one batch, or without run.backward(loss) before "
                 "it: call each exactly once a batch"
             )
-        self._state, self._handle.used = _STEPPED, False
+        self._state = _STEPPED
+        if not self._bare:
+            self._handle.used = False
         self._left -= 1
         self._place += 1
         if self._place == self._size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import InvalidArgument, LoopError
 from torchweld.loop.handle import NOT_THE_RUNS_MODEL
-from torchweld.loop.own_loop import OwnLoop
+from torchweld.loop.own_loop import OwnLoop, Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torchweld.loop.run import TrainingRun
     from torchweld.loop.wiring import Member, Wiring
 
+_NOWHERE: deque[Any] = deque(maxlen=0)  # takes all, keeps nothing, and is no call of Python's
 _UNUSED, _BACKWARD_BEGUN, _BACKWARD_DONE, _STEPPED = range(4)
 
 
@@ -27,12 +29,16 @@ class _Turn:
     """What one model did with the running batch.
 
     Attributes:
+        noted: under which name its loss is logged.
+        is_bare: calling the user's module is the same as calling the handle.
         waiting: its gradients after a step that only counted, in the first window after a border.
     """
 
     name: str
+    noted: str
     member: Member
     advance: Callable[[], Any]
+    is_bare: bool
     state: int = _STEPPED
     loss: Tensor | None = None
     waiting: frozenset[tuple[int, int]] = frozenset()
@@ -52,12 +58,22 @@ class SeveralLoop:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._own = OwnLoop(run, _nothing, _nothing)
+        # Whether a model was called is looked at in its own backward.
+        self._own = OwnLoop(run, _NOWHERE.append, _NOWHERE.clear, checks_use=False)
+        self._accumulates = run.wiring.plan.settings.accumulate_grad_batches > 1
         self._turns = {
-            name: _Turn(name, member, _advance(run.wiring, member))
+            name: _Turn(
+                name,
+                f"train_loss/{name}",
+                member,
+                _advance(run.wiring, member),
+                member.forward_is_bare,
+            )
             for name, member in run.wiring.members.items()
             if member.trains
         }
+        self._place = Place(1.0, is_first=True, is_last=True, begins_segment=True)
+        self._note = run.wiring.recorder.note if len(self._turns) > 1 else _NOWHERE.append
         self._is_open = False  # a batch was handed out and is not settled
         self._window: set[str] = set()  # models that the running window began with
         self._iterating: Generator[Any, None, None] | None = None
@@ -91,12 +107,13 @@ class SeveralLoop:
     def _hand_out(self) -> Generator[Any, None, None]:
         try:
             for batch in self._own.batches():
-                self._is_open = True
+                self._is_open, self._place = True, self._own.place()
                 for turn in self._turns.values():
                     turn.state, turn.member.handle.used = _UNUSED, False
                 yield batch
                 self._settle()
-                self._own.check_used()
+                if self._is_open:  # nobody used it
+                    self._own.check_used()
         finally:
             self._own.interrupt()
 
@@ -138,20 +155,15 @@ class SeveralLoop:
             )
         if turn.state == _STEPPED:
             raise LoopError(f"{what} was called without a new batch of run.batches()")
-        if not (turn.member.handle.used or turn.member.forward_is_bare):
+        if not (turn.is_bare or turn.member.handle.used):
             raise LoopError(NOT_THE_RUNS_MODEL.replace("run.model", f"run.models[{turn.name!r}]"))
         turn.state = _BACKWARD_BEGUN
-        weight = self._own.weight
+        weight = self._place.weight
         turn.member.prepared.backward(loss if weight == 1.0 else loss * weight)
         turn.state = _BACKWARD_DONE
         turn.loss = loss.detach()
-        if self._looks:
+        if self._place.begins_segment and self._place.is_first:
             self._check_others(turn)
-
-    @property
-    def _looks(self) -> bool:
-        """Whether the last batch is the one after a border in which gradients are looked at."""
-        return self._own.begins_segment and self._own.is_first
 
     def _check_others(self, turn: _Turn) -> None:
         """Refuse gradients that a loss left in another model; looked for once after each border.
@@ -176,9 +188,10 @@ class SeveralLoop:
                 "backward of this model before it: call each exactly once a batch"
             )
         turn.state = _STEPPED
-        if self._looks:
-            turn.waiting = frozenset() if self._own.is_last else turn.gradients()
-        if self._own.is_last:
+        place = self._place
+        if place.begins_segment and place.is_first:
+            turn.waiting = frozenset() if place.is_last else turn.gradients()
+        if place.is_last:
             turn.advance()
 
     # ---- the batch as a whole ------------------------------------------------------------------
@@ -187,6 +200,7 @@ class SeveralLoop:
         """Count the batch that was handed out; a model that did not use it is left out."""
         if not self._is_open:
             return
+        losses: dict[str, Tensor] = {}
         for turn in self._turns.values():
             if turn.state in {_BACKWARD_BEGUN, _BACKWARD_DONE}:
                 raise LoopError(
@@ -194,23 +208,22 @@ class SeveralLoop:
                     "failed: call it once for every batch that the model is trained with, also "
                     "inside an accumulation window, where it only counts"
                 )
-        used = {name: turn for name, turn in self._turns.items() if turn.state == _STEPPED}
-        if not used:
+            if turn.loss is not None:
+                losses[turn.noted] = turn.loss
+        if not losses:
             return  # the loop underneath refuses to read another
-        self._check_window(set(used))
+        if self._accumulates:
+            self._check_window()
+        self._note(losses)
         self._is_open = False
-        losses = {name: turn.loss for name, turn in used.items() if turn.loss is not None}
         for turn in self._turns.values():
             turn.state, turn.loss = _STEPPED, None
-        if len(self._turns) > 1:
-            noted = {f"train_loss/{name}": loss for name, loss in losses.items()}
-            self._run.wiring.recorder.note(noted)
-        self._run.wiring.handle.used = True  # each model was looked at in its own backward
         self._own.backward(sum(losses.values()))  # type: ignore[arg-type]  # at least one tensor
         self._own.step()
 
-    def _check_window(self, used: set[str]) -> None:
-        if self._own.is_first:
+    def _check_window(self) -> None:
+        used = {name for name, turn in self._turns.items() if turn.loss is not None}
+        if self._place.is_first:
             self._window = used
         odd = self._window ^ used
         if odd:
@@ -235,10 +248,6 @@ class SeveralLoop:
 def _advance(wiring: Wiring, member: Member) -> Callable[[], Any]:
     """Step and schedule of one model."""
     return replace(wiring, prepared=member.prepared, schedule=member.schedule).advance()
-
-
-def _nothing(*_: Any) -> None:
-    """The models have done it."""
 
 
 def _frozen(name: str, _loss: Any) -> None:
