@@ -34,6 +34,7 @@ from torchweld_deepspeed.schema import ANYTHING, TOP
 Row = tuple[Mapping[str, Any], str]
 """What a user writes, and what the answer has to say."""
 
+DRIVE = {"device": "nvme", "nvme_path": "/data"}
 SILENT: Mapping[str, Row] = {
     "a misspelled key": ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'?"),
     "a key in the wrong table": (
@@ -55,6 +56,10 @@ SILENT: Mapping[str, Row] = {
     "parameters offloaded on stage 2": (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
         "offload_params='cpu' with stage=2: only stage 3 can",
+    ),
+    "a drive on stage 2": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": DRIVE}},
+        "offload_optimizer='nvme' with stage=2: only stage 3 keeps it on a drive",
     ),
     "sums instead of means": ({"gradient_allreduce_op": "sum"}, "would grow with the number of"),
     "counted windows": ({"managed_gradient_accumulation": True}, "windows would drift"),
@@ -141,7 +146,7 @@ LATER: Mapping[str, Row] = {
         "whose pieces torchweld cannot save",
     ),
     "no path on nvme": (
-        {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "'nvme' needs nvme_path",
     ),
 }
@@ -228,7 +233,9 @@ def refused_value(path: str) -> object:
         ({"config": {"communication_data_type": "bf16"}}, "32", "TW301"),
         ({"stage": 1, "overlap_comm": True}, "32", "TW103"),
         ({"offload_params": "cpu"}, "32", "TW103"),
-        ({"offload_optimizer": "nvme"}, "32", "TW103"),
+        ({"stage": 1, "offload_optimizer": "nvme", "nvme_path": "/data"}, "32", "TW103"),
+        ({"config": {"zero_optimization": {"offload_optimizer": DRIVE}}}, "32", "TW103"),
+        ({"stage": 3, "offload_optimizer": "nvme"}, "32", "TW103"),
         ({"nvme_path": "/data"}, "32", "TW103"),
         ({"bucket_elements": 0}, "32", "TW103"),
         ({"persistence_threshold": -1}, "32", "TW103"),

@@ -115,11 +115,16 @@ def _only_for_stage_3(values: Mapping[str, Any]) -> Iterator[str]:
             f"offload_params={values['offload_params']!r} with stage={values['stage']}: only "
             "stage 3 can, DeepSpeed would ignore it"
         )
+    if values["offload_optimizer"] == "nvme":
+        yield (
+            f"offload_optimizer='nvme' with stage={values['stage']}: only stage 3 keeps it on a "
+            "drive, and DeepSpeed would keep it in host memory, so take 'cpu', or stage=3"
+        )
 
 
 def _drive(values: Mapping[str, Any]) -> Iterator[str]:
     if "nvme" in (values["offload_optimizer"], values["offload_params"]):
-        if values["nvme_path"] is None:
+        if values["nvme_path"] is None and values["stage"] == 3:
             yield "offloading to 'nvme' needs nvme_path, a directory on the drive"
     elif values["nvme_path"] is not None:
         yield f"nvme_path={values['nvme_path']!r}, but nothing is offloaded to 'nvme'"
