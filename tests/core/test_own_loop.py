@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from tests.core.trainings import (
     train_by_hand,
     weights,
 )
-from torchweld.errors import InvalidArgument, LoopError
+from torchweld.errors import InvalidArgument, LoopError, RanksDisagree
 from torchweld.loop.run import TrainingRun
 from torchweld.testing import run_ranks
 
@@ -498,3 +499,136 @@ def test_the_module_in_place_of_run_model_is_right_where_they_are_the_same() -> 
     assert_same(model, by_hand(1))
     with pytest.raises(LoopError, match="the precision"):
         drive(calls_the_module, precision="bf16")
+
+
+# ---- what the processes say to each other --------------------------------------------------------
+
+
+def _gathered(run: TrainingRun) -> dict[str, Any]:
+    """Of each kind of value what comes back, and what another shape or dtype is answered with."""
+    rank, weight = run.env.rank, torch.ones(2, requires_grad=True)
+    values: dict[str, Any] = {
+        "float": torch.tensor([0.1, -0.0]) + rank,
+        "float64": torch.tensor([[1 / 3], [float("nan") if rank else 1e300]], dtype=torch.float64),
+        "int64": torch.tensor([2**53 + 1, -rank]),
+        "bool": torch.tensor([True, rank == 1, False]),
+        "int16": torch.tensor([300, -rank], dtype=torch.int16),
+        "complex": torch.tensor([1 + 2j]) * (rank + 1),
+        "half": torch.full((2, 2), 0.1 + rank, dtype=torch.bfloat16).T,
+        "scalar": torch.tensor(7 + rank),
+        "number": 0.5 + rank,
+        "nothing": torch.zeros(0, 3),
+        "with grad": weight * (rank + 1),
+    }
+    found = {name: run.gather(value) for name, value in values.items()}
+    for name, value in {"rows": torch.ones(2 + rank), "dtypes": [rank, rank + 0.5][rank]}.items():
+        with pytest.raises(RanksDisagree) as refused:
+            run.gather(value)
+        found[name] = str(refused.value)
+    found["after"] = run.gather(rank)
+    run.backward(run.model(torch.ones(1, 5)).sum())
+    return found
+
+
+def _gather() -> dict[str, Any]:
+    with prepared(train=make_data(), strategy="ddp", data=of_dataset()) as run:
+        for _ in islice(run.batches(), 1):
+            found = _gathered(run)
+            run.step()
+    return found
+
+
+def test_two_processes_gather_values_of_every_kind() -> None:
+    found, other = run_ranks(_gather, 2)
+
+    expected: dict[str, Any] = {
+        "float": torch.stack([torch.tensor([0.1, -0.0]), torch.tensor([0.1, -0.0]) + 1]),
+        "int64": torch.tensor([[2**53 + 1, 0], [2**53 + 1, -1]]),
+        "bool": torch.tensor([[True, False, False], [True, True, False]]),
+        "int16": torch.tensor([[300, 0], [300, -1]], dtype=torch.int16),
+        "complex": torch.tensor([[1 + 2j], [2 + 4j]]),
+        "half": torch.tensor([0.1, 1.1], dtype=torch.bfloat16)[:, None, None].expand(2, 2, 2),
+        "scalar": torch.tensor([7, 8]),
+        "number": torch.tensor([0.5, 1.5]),
+        "nothing": torch.zeros(2, 0, 3),
+        "with grad": torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+        "after": torch.tensor([0, 1]),
+    }
+    for name, value in expected.items():
+        for gathered in (found[name], other[name]):
+            assert gathered.dtype == value.dtype, name
+            assert torch.equal(gathered, value), name
+            assert not gathered.requires_grad, name
+    assert found["float64"][0].tolist() == [[1 / 3], [1e300]]
+    assert found["float64"][1].isnan().tolist() == [[False], [True]]
+    assert found["rows"] == other["rows"]
+    assert "(2,) torch.float32 (rank 0), (3,) torch.float32 (rank 1)" in found["rows"]
+    assert "() torch.int64 (rank 0), () torch.float32 (rank 1)" in found["dtypes"]
+
+
+def test_one_process_gathers_its_own_value() -> None:
+    with prepared() as run:
+        assert torch.equal(run.gather(torch.tensor([True, False])), torch.tensor([[True, False]]))
+        for batch in run.batches():
+            learn(run, batch)
+
+
+class Lines:
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        self.metrics[step] = dict(metrics)
+
+
+def test_what_run_log_is_given_is_logged_as_means_between_borders_and_over_the_epoch() -> None:
+    logger = Lines()
+    settings: dict[str, Any] = {"enable_checkpointing": False, "logger": logger, "max_epochs": 2}
+    with prepared(barebones=False, log_every_n_steps=2, **settings) as run:
+        for count, (inputs, targets) in enumerate(run.batches(), start=1):
+            loss = run.loss(run.model(inputs), targets)
+            run.log({"count": count, "same": loss * 2})
+            if count % 2:
+                run.log({"odd": torch.tensor(count)})
+            run.backward(loss)
+            run.step()
+
+    assert {step: found["count"] for step, found in logger.metrics.items()} == {
+        2: 1.5, 4: 3.5, 6: 5.5, 8: 7.5, 10: 9.5, 12: 11.5,
+    }  # fmt: skip
+    assert [logger.metrics[step]["odd"] for step in (2, 12)] == [1, 11]
+    assert [logger.metrics[step]["count/epoch"] for step in (6, 12)] == [3.5, 9.5]
+    for found in logger.metrics.values():
+        assert found["same"] == pytest.approx(2 * found["train_loss"], rel=1e-6)
+
+
+def _logged(scalars: Any) -> str:
+    """The mean of what was logged, or why it could not be made."""
+    try:
+        with prepared(train=make_data(), strategy="ddp", data=of_dataset()) as run:
+            for batch in run.batches():
+                learn(run, batch)
+                run.log(scalars)
+    except LoopError as error:
+        return str(error)
+    return str(run.result().metrics["a"])
+
+
+def _log_otherwise() -> list[str]:
+    """Twice names that are not those of the other process, then the same."""
+    rank = int(os.environ["RANK"])
+    given: list[Any] = [{"ab"[rank]: 1.0}, {"a": 1.0} if rank == 0 else {}, {"a": rank}]
+    return [_logged(scalars) for scalars in given]
+
+
+def test_two_processes_log_the_same_names_or_are_told_which_they_logged() -> None:
+    first, second = run_ranks(_log_otherwise, 2)
+
+    said = "the processes logged different names at one border; rank"
+    assert f"{said} 0 logged ['a']: " in first[0]
+    assert f"{said} 1 logged ['b']: " in second[0]
+    assert f"{said} 0 logged ['a']: " in first[1]
+    assert f"{said} 1 logged []: " in second[1]
+    assert (first[2], second[2]) == ("0.5", "0.5")

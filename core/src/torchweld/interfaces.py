@@ -466,7 +466,7 @@ class Run(Protocol):
         """Evaluate on ``data``, a set or a mapping of several, or on what was given as ``val``."""
 
     def gather(self, value: Any) -> Any:
-        """The values of all ranks, stacked."""
+        """The values of all ranks, stacked; of one shape and dtype, and without gradients."""
 
     def save(self) -> Path:
         """Write a checkpoint now; an error inside an accumulation window."""

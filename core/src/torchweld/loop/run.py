@@ -7,9 +7,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from torchweld.callbacks import ModelCheckpoint
 from torchweld.errors import InvalidArgument, LoopError, Preempted
 from torchweld.interfaces import Env, Progress, Result
@@ -17,6 +14,7 @@ from torchweld.loop.averages import averaged, check_weights
 from torchweld.loop.borders import Borders
 from torchweld.loop.exporting import export_models, export_run
 from torchweld.loop.fit_loop import FitLoop
+from torchweld.loop.gathering import gather
 from torchweld.loop.joint import Handles
 from torchweld.loop.own_loop import OwnLoop
 from torchweld.loop.saving import async_save_run, save_run
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
     from types import TracebackType
+
+    from torch import Tensor
 
     from torchweld.loop.handle import Handle
     from torchweld.loop.wiring import Wiring
@@ -178,11 +178,14 @@ class TrainingRun:
         return self.borders.evaluate(data)
 
     def gather(self, value: Any) -> Any:
-        """Return the values of all ranks, stacked along a new first dimension."""
-        tensor = torch.as_tensor(value, device=self.env.device)
-        table = tensor.new_zeros((self.env.world_size, *tensor.shape))
-        table[self.env.rank] = tensor
-        return self.wiring.ranks.sum(table)
+        """Return the values of all ranks, stacked along a new first dimension, without gradients.
+
+        Every rank must call it, with a number or a tensor of the same shape and dtype.
+
+        Raises:
+            RanksDisagree: shapes or dtypes are not the same; on all ranks.
+        """
+        return gather(self.wiring.ranks, value)
 
     def save(self) -> Path:
         """Write a checkpoint now; every rank must call it.
