@@ -216,50 +216,75 @@ import sys
 import numba
 import numpy as np
 from numba.core.errors import TypingError
-from tests.ffcv.reading import load
-from torchweld_ffcv import image
+
+path, first = sys.argv[1:]
 
 @numba.njit
 def empty(size):
     return np.empty(size, np.uint8)
 
-@numba.njit
-def black(size):
-    pixels = np.empty(size, np.uint8)
-    pixels[:] = 0
-    return pixels
+def is_writable():
+    @numba.njit  # a new one, as numba remembers what could not be compiled
+    def black(size):
+        pixels = np.empty(size, np.uint8)
+        pixels[:] = 0
+        return pixels
 
-def ours(**spec):
-    loader = load(sys.argv[1], batch_size=2, shuffle=False, spec={"image": image(**spec)})
-    return [images.permute(0, 2, 3, 1).clone() for images, _ in loader]
+    try:
+        return black(1).sum() == 0
+    except TypingError as error:
+        assert "Cannot modify readonly array" in str(error)
+        return False
 
 def theirs():
-    from ffcv.loader import Loader  # not before ours has run
-    loader = Loader(sys.argv[1], batch_size=2, num_workers=1, drop_last=False)
+    from ffcv.loader import Loader  # not before it is asked for
+    loader = Loader(path, batch_size=2, num_workers=1, drop_last=False)
     return [images.clone() for images, _ in loader]
+
+def ours(**spec):
+    from tests.ffcv.reading import load
+    from torchweld_ffcv import image
+    loader = load(path, batch_size=2, shuffle=False, spec={"image": image(**spec)})
+    return [images.permute(0, 2, 3, 1).clone() for images, _ in loader]
+
+def pipelines():
+    from tests.ffcv.reading import load
+    load(path, batch_size=2, pipelines={"image": None})
 
 def are_equal(left, right):
     return all(map(np.array_equal, left, right)) and len(left) == len(right) == 2
 
 empty(1)
-ours()
+{"ours": ours, "theirs": theirs, "pipelines": pipelines}[first]()
 before = theirs()
-try:
-    black(1)
-except TypingError as error:
-    print("Cannot modify readonly array" in str(error))
+print(is_writable())
 print(are_equal(ours(normalize=None), before), are_equal(theirs(), before))
+ours(crop="random_resized", size=16)
+print(is_writable())
 """
 
 
-@pytest.mark.parametrize("store", ["raw", "jpeg"])
-def test_images_are_compiled_beside_ffcvs_own_loader(tmp_path: Path, store: str) -> None:
+# Where the first is False, it is the control: FFCV's loader has broken what is compiled after it.
+# What it has broken before this plugin is imported stays so, but for this plugin.
+@pytest.mark.parametrize(
+    ("store", "first", "writable"),
+    [
+        ("raw", "ours", (False, True)),
+        ("jpeg", "ours", (False, True)),
+        ("jpeg", "theirs", (False, False)),
+        ("jpeg", "pipelines", (True, True)),
+    ],
+)
+def test_images_are_compiled_beside_ffcvs_own_loader(
+    tmp_path: Path, store: str, first: str, writable: tuple[bool, bool]
+) -> None:
     path = write(tmp_path / "some.beton", [(photo(i), i) for i in range(3)], store=store)
 
-    done = run_python(BESIDE_STOCK, str(path), XDG_CACHE_HOME=str(tmp_path))  # nothing compiled yet
+    # Nothing is compiled yet.
+    done = run_python(BESIDE_STOCK, str(path), first, XDG_CACHE_HOME=str(tmp_path))
 
-    # The first is the control: FFCV's loader has broken what is compiled after it.
-    assert done.stdout.split() == ["True"] * 3, done.stderr
+    before, after = map(str, writable)
+    assert done.stdout.split() == [before, "True", "True", after], done.stderr
 
 
 NEVER_FINISHED = """

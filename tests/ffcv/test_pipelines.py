@@ -221,7 +221,8 @@ print(sorted(labels(pair[0] for pair in pairs)) == labels(pair[1] for pair in pa
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_two_loaders_at_once_live_with_every_threading_layer(small: Path, layer: str) -> None:
     # Stock FFCV's processes are aborted on workqueue: "Concurrent access has been detected".
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_THREADING_LAYER": layer}
+    path = os.pathsep.join([str(ROOT), *sys.path])  # this code, wherever it is imported from
+    environ = {**os.environ, "PYTHONPATH": path, "NUMBA_THREADING_LAYER": layer}
 
     done = subprocess.run(
         [sys.executable, "-c", TWO_AT_ONCE, str(small)],

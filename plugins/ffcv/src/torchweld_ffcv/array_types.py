@@ -3,6 +3,11 @@
 numba has one object for each type. ``OSCacheManager.compile_reader`` of ffcv 1.0.2 marks that of
 one-dimensional arrays of bytes as read-only, for the whole process: code that is compiled later
 cannot write bytes, and what was compiled for such arrays before is not found any more.
+
+Where such a loader ran before this module was imported, numba makes a new object here, and the old
+one stays read-only. Images are read all the same. What the program itself compiles stays as FFCV's
+loader left it: it cannot write to ``np.empty(n, np.uint8)`` if numba had typed that before, and
+code that is compiled for the new object is called in 25 to 50 microseconds instead of 0.1.
 """
 
 from __future__ import annotations
