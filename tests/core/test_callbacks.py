@@ -358,6 +358,20 @@ def test_a_profile_has_the_steps_of_its_window(
     assert len(steps) == expected
 
 
+def _profile_on_two(root: Path) -> str:
+    window = ProfilerWindow(1, 2)
+    train(root, window, strategy="ddp")
+    assert window.path is not None
+    return window.path.name
+
+
+def test_every_process_writes_its_own_profile(tmp_path: Path) -> None:
+    names = run_ranks(_profile_on_two, 2, tmp_path)
+
+    assert names == ["profile-1-2-rank0.json", "profile-1-2-rank1.json"]
+    assert sorted(path.name for path in tmp_path.rglob("profile-*")) == names
+
+
 def test_a_window_asks_for_two_borders() -> None:
     window = ProfilerWindow(10, 15)
 
