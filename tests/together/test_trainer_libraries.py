@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 )
 
 from tests.core.trainings import arguments, make_data, make_loader, make_model, of_dataset
-from torchweld import Trainer
+from torchweld import Trainer, use
 from torchweld.testing import empty_registry, run_ranks
 
 # torchmetrics warns where a rank was given no sample, and imports pkg_resources.
@@ -62,10 +62,8 @@ def expected(num_samples: int) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def evaluate(num_samples: int, strategy: str) -> dict[str, float]:
-    trainer = Trainer(
-        strategy=strategy, data=of_dataset(), barebones=True, registry=empty_registry()
-    )
+def evaluate(num_samples: int, strategy: Any) -> dict[str, float]:
+    trainer = Trainer(strategy=strategy, data=of_dataset(), barebones=True)
     return trainer.evaluate(
         make_probable(), make_data(num_samples), loss=F.cross_entropy, metrics=metrics()
     )
@@ -76,15 +74,24 @@ def test_torchmetrics_are_those_of_all_samples_at_once(num_samples: int) -> None
     assert evaluate(num_samples, "single") == pytest.approx(expected(num_samples), rel=1e-6)
 
 
-def evaluate_all(sizes: list[int]) -> list[dict[str, float]]:
-    return [evaluate(size, "ddp") for size in sizes]
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "zero1": use("deepspeed", stage=1),
+    "zero3": use("deepspeed", stage=3),
+}
 
 
-def test_torchmetrics_on_two_ranks_are_those_of_one() -> None:
+def evaluate_all(sizes: list[int], name: str) -> list[dict[str, float]]:
+    return [evaluate(size, STRATEGIES[name]) for size in sizes]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_torchmetrics_on_two_ranks_are_those_of_one(name: str) -> None:
     """Also where the last batch is uneven, and where the second rank has no sample at all."""
     sizes = [13, 24, 9, 1]
 
-    first, second = run_ranks(evaluate_all, 2, sizes)
+    first, second = run_ranks(evaluate_all, 2, sizes, name)
 
     assert str(first) == str(second)
     for size, found in zip(sizes, first, strict=True):
