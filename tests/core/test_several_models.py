@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
-from torch.optim.lr_scheduler import ExponentialLR, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 
-from torchweld import Trainer, Unfreeze, use
+from torchweld import LRSchedule, Trainer, Unfreeze, use
 from torchweld.checkpoint import Checkpoint
 from torchweld.errors import CheckpointError, InvalidArgument, LoopError
 from torchweld.interfaces import Parts
@@ -343,6 +343,32 @@ def test_what_each_model_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "a: single: 16 parameters" in said
     assert "b: memory: 40 B parameters" in said
+
+
+def test_each_model_may_have_its_schedule_by_epoch_or_by_a_metric(tmp_path: Path) -> None:
+    plateau = partial(
+        ReduceLROnPlateau, factor=0.5, patience=0, threshold=100.0, threshold_mode="abs"
+    )
+    schedules = {
+        "a": LRSchedule(lambda optimizer, _: StepLR(optimizer, 1, 0.1), interval="epoch"),
+        "b": LRSchedule(plateau, monitor="val_loss"),  # no value is smaller by 100
+    }
+    rates: dict[str, list[float]] = {"a": [], "b": []}
+
+    with prepared(
+        tmp_path, lr_scheduler=schedules, val=data(8), settings={"max_epochs": 3},
+        eval_step=lambda run, batch: (run.models["b"](run.models["a"](batch[0])), batch[1]),
+        loss=F.mse_loss,
+    ) as run:  # fmt: skip
+        for batch in run.batches():
+            step_both(run, batch)
+            for name, seen in rates.items():
+                seen.append(run.models[name].optimizer.param_groups[0]["lr"])
+
+    by_epoch = [rate for rate in (0.1, 0.01, 0.001) for _ in range(BATCHES)]
+    by_metric = [rate for rate in (0.2, 0.2, 0.1) for _ in range(BATCHES)]  # the first is the best
+    assert rates["a"] == pytest.approx(by_epoch)
+    assert rates["b"] == pytest.approx(by_metric)
 
 
 # ---- a frozen second model, and evaluation -------------------------------------------------------
