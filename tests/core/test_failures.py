@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from tests.core.forking import Forks, forked_ranks
 from tests.core.scripts import train_and_fail
 from tests.core.small_runs import left_over, saved
 from torchweld.checkpoint import last
+from torchweld.processes.whereabouts import raised_at
 
 SOON = 60.0  # seconds, on any machine: 0.3 to 1.5 on an idle one; a collective waits half an hour
 PATIENCE_SECONDS = 240.0
@@ -96,10 +100,23 @@ def test_an_exception_on_one_rank_ends_all_with_its_reason(
     assert seconds < SOON
     assert "ValueError: the sample is broken" in launch.output(who)
     told = launch.output(1 - who)
-    assert f"RankFailed: rank {who} stopped in {doing}: ValueError: the sample is broken" in told
+    assert f"RankFailed: rank {who} stopped in {doing}: ValueError: the sample is broken\n" in told
+    raised = told.partition("raised in, innermost last:\n")[2]
+    assert re.search(r'File ".*train_and_fail\.py", line \d+, in act\n', raised)
+    assert re.search(r'File ".*train_and_fail\.py", line \d+, in raise_error\n', raised)
     if place != "validation":  # of which the first is before the first checkpoint
         path = assert_saved_whole(tmp_path / "runs", newest)
         assert f"last complete checkpoint: {path} (intact); resume with ckpt_path='last'" in told
+
+
+def test_what_is_told_of_an_error_inside_torch_is_the_users_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        nn.Sequential(nn.Linear(5, 3))(torch.ones(2, 4))
+
+    told = raised_at(caught.value)
+    assert f'File "{__file__}", line ' in told
+    assert "nn.Sequential(nn.Linear(5, 3))" in told
+    assert "_call_impl" not in told
 
 
 @pytest.mark.parametrize("who", [0, 1])

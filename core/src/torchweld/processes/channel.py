@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from torchweld.errors import PluginError, Preempted, RankFailed, RankMissing, RunError
+from torchweld.errors import (
+    PluginError,
+    Preempted,
+    RankFailed,
+    RankMissing,
+    RunError,
+    TorchweldError,
+)
 from torchweld.processes.beside import BesideExchange
 from torchweld.processes.watching import Watch, asked_key, here_key, left_key, process_mark
+from torchweld.processes.whereabouts import raised_at
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -191,7 +199,9 @@ class Channel:
             self._tell(watch.cause or str(error))
         else:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._tell(f"rank {self.rank} stopped in {where['doing']}: {what}")
+            # torchweld's own say what is wrong by themselves.
+            place = "" if isinstance(error, TorchweldError) else raised_at(error)
+            self._tell(f"rank {self.rank} stopped in {where['doing']}: {what}{place}")
         self._reported = first or error
         return first
 
