@@ -3,10 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchweld_ffcv.install import PACKAGES, ffcv_module, missing_libraries, package_line
+from torchweld_ffcv.install import PACKAGES, ffcv_module, missing_to_compile, package_line
 
 if TYPE_CHECKING:
     import pytest
@@ -26,7 +27,7 @@ except PluginError as error:
 def said_without_ffcv(path: Path) -> str:
     """What is said where ffcv cannot be imported and only ``path`` has programs."""
     words = [sys.executable, "-c", WITHOUT_FFCV]
-    environ = {**os.environ, "PATH": str(path)}
+    environ = {**os.environ, "PATH": str(path), "CXX": ""}
     return subprocess.run(words, env=environ, check=True, capture_output=True, text=True).stdout
 
 
@@ -42,13 +43,15 @@ def test_missing_ffcv_names_the_system_packages_of_this_machine(tmp_path: Path) 
 
     said = said_without_ffcv(tmp_path / "bin")
 
-    assert "needs the module 'ffcv', which is missing, and to compile it OpenCV and" in said
+    assert "needs the module 'ffcv', which is missing, and to compile it OpenCV, " in said
+    assert "libjpeg-turbo and a C++ compiler: " in said
     assert f"{PACKAGES['apt']} && pip install 'torchweld-ffcv[ffcv]'" in said
     assert "conda" not in said
 
 
 def test_missing_ffcv_with_all_libraries_needs_pip_alone(tmp_path: Path) -> None:
     program(tmp_path / "bin", "pkg-config", 0)
+    program(tmp_path / "bin", "g++", 0)
 
     said = said_without_ffcv(tmp_path / "bin")
 
@@ -59,9 +62,26 @@ def test_unknown_machine_is_told_every_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
 
     assert package_line() == " or ".join(PACKAGES.values())
-    assert missing_libraries() == ["pkg-config", "OpenCV", "libjpeg-turbo"]
+    assert missing_to_compile() == ["pkg-config", "OpenCV", "libjpeg-turbo", "a C++ compiler"]
+
+
+def test_compiler_of_the_environment_and_headers_of_python_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pkg-config", "conda-c++"):
+        program(tmp_path, name, 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "conda-c++ -pipe")
+
+    there = missing_to_compile()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    gone = missing_to_compile()
+
+    assert there == []
+    assert [word.split()[0] for word in gone] == ["Python.h"]
 
 
 def test_import_of_ffcv_leaves_numba_as_it_was() -> None:
@@ -108,7 +128,11 @@ print(result.output, [name for name in ("ffcv", "cv2", "torch") if name in sys.m
 def doctor(*missing: str, path: Path | None = None) -> str:
     """What ``torchweld doctor`` says where these modules are missing."""
     words = [sys.executable, "-c", DOCTOR, *missing]
-    environ = {**os.environ, **({"PATH": str(path)} if path else {}), "TORCHWELD_DISABLE": ""}
+    environ = {
+        **os.environ,
+        **({"PATH": str(path), "CXX": ""} if path else {}),
+        "TORCHWELD_DISABLE": "",
+    }
     return subprocess.run(words, env=environ, check=True, capture_output=True, text=True).stdout
 
 
@@ -124,7 +148,7 @@ def test_doctor_names_what_is_missing_and_the_packages_of_every_system(tmp_path:
 
     said = doctor("ffcv", path=tmp_path / "bin")
 
-    assert "'ffcv', which is missing, and to compile it OpenCV and libjpeg-turbo" in said
+    assert "is missing, and to compile it OpenCV, libjpeg-turbo and a C++ compiler" in said
     for manager, command in PACKAGES.items():
         assert f"{manager}: {command}" in said
 

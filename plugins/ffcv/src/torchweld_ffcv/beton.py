@@ -116,7 +116,7 @@ class Beton:
 def read_beton(path: str | Path) -> Beton:
     """Read header, field table and manifest, and check all tables; not the pixels.
 
-    Takes milliseconds, and about 0.2 s for a million samples.
+    Takes milliseconds, and 0.04 s for 1.28 million samples of a picture and a label.
 
     Raises:
         BetonError: the file is missing, of another kind, unfinished, cut short or changed.

@@ -21,7 +21,8 @@ class Loader:
 
     Args:
         data: a ``.beton`` file, a Dataset, a DataLoader (which brings batch size, shuffle and
-            drop_last of its own), a folder of images in class folders, or an iterable.
+            drop_last of its own), a folder of images in class folders, or an iterable that can be
+            read again.
         batch_size: samples in a batch of this process.
         shuffle: another order in every epoch.
         seed: of order and crops; the same in all processes.

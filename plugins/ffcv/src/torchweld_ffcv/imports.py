@@ -15,8 +15,8 @@ from torchweld.errors import PluginError
 from torchweld_ffcv.install import (
     INSTALL,
     PACKAGES,
-    missing_libraries,
     missing_module,
+    missing_to_compile,
     package_line,
 )
 
@@ -43,7 +43,7 @@ def doctor_lines() -> list[str]:
         # Converting and pipelines= import ffcv itself, and with it numba.
         lines = [] if importlib.util.find_spec("numba") else [missing_module("numba")]
     systems = [f"{system}: {command}" for system, command in PACKAGES.items()]
-    return [*lines, *systems] if lines and missing_libraries() else lines
+    return [*lines, *systems] if lines and missing_to_compile() else lines
 
 
 @cache

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 from torchweld.errors import PluginError
@@ -16,6 +20,9 @@ from torchweld.errors import PluginError
 INSTALL = "pip install 'torchweld-ffcv[ffcv]'"
 LIBRARIES = {"opencv4": "OpenCV", "libturbojpeg": "libjpeg-turbo"}
 """Name for pkg-config, and the name people know."""
+
+COMPILERS = ("g++", "c++", "clang++")
+HEADERS = "Python.h (with the Python of Debian or Ubuntu itself: python3-dev)"
 
 PACKAGES = {
     "apt": "apt-get install -y pkg-config libopencv-dev libturbojpeg0-dev g++",
@@ -57,21 +64,26 @@ def missing_module(module: str) -> str:
     """One sentence: what is missing and how to install it, system packages first."""
     if module == "distutils":
         return f"ffcv imports distutils, which setuptools brings on Python 3.12: {INSTALL}"
-    lacking = missing_libraries()
+    lacking = missing_to_compile()
     if not lacking:
         return f"the data source ffcv needs the module {module!r}, which is missing: {INSTALL}"
-    named = " and ".join(lacking)
+    named = " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]]))
     return (
         f"the data source ffcv needs the module {module!r}, which is missing, and to compile it "
         f"{named}: {package_line()} && {INSTALL}"
     )
 
 
-def missing_libraries() -> list[str]:
-    """Which of the system packages that ffcv is compiled against pkg-config does not find."""
-    if shutil.which("pkg-config") is None:
-        return ["pkg-config", *LIBRARIES.values()]
-    return [known for name, known in LIBRARIES.items() if not _pkg_config_finds(name)]
+def missing_to_compile() -> list[str]:
+    """What ffcv is compiled with, or against, and this machine has not."""
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]  # conda's have other names, and set this
+    has_compiler = any(map(shutil.which, [*chosen, *COMPILERS]))
+    has_headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    return [
+        *_missing_libraries(),
+        *([] if has_compiler else ["a C++ compiler"]),
+        *([] if has_headers else [HEADERS]),
+    ]
 
 
 def package_line() -> str:
@@ -79,6 +91,12 @@ def package_line() -> str:
     managers = {"apt": "apt-get", "conda": "conda", "brew": "brew"}
     here = [name for name, program in managers.items() if shutil.which(program)]
     return " or ".join(PACKAGES[name] for name in (here or PACKAGES))
+
+
+def _missing_libraries() -> list[str]:
+    if shutil.which("pkg-config") is None:
+        return ["pkg-config", *LIBRARIES.values()]
+    return [known for name, known in LIBRARIES.items() if not _pkg_config_finds(name)]
 
 
 def _pkg_config_finds(library: str) -> bool:
