@@ -460,7 +460,11 @@ class Run(Protocol):
         """Print a line on rank 0, above the bar."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Tensors stay on the device until the border."""
+        """Scalars of the last batch, whose means over all samples the next border logs.
+
+        A mean over samples: a value counts as much as its batch has, which leaves a constant what
+        it is. Tensors stay on the device until the border.
+        """
 
     def evaluate(self, data: Any = None) -> Mapping[str, float]:
         """Evaluate on ``data``, a set or a mapping of several, or on what was given as ``val``."""

@@ -41,14 +41,21 @@ class Recorder:
         self._ranks = ranks
         self._loss_sum: Tensor | None = None
         self._samples = 0
-        self._named: dict[str, list[Any]] = {}
+        self._named: dict[str, list[tuple[Any, list[float]]]] = {}
+        # How many samples a noted value stands for. Of a whole segment that is known at its end:
+        # a list of one number, which is written to there.
+        self._segment_weight = self._weight = [1.0]
         self.epoch_sums: dict[str, tuple[float, float]] = {}
 
     def note(self, scalars: Mapping[str, Any]) -> None:
         """Keep scalars by name; tensors stay on the device."""
         for name, value in scalars.items():
             kept = value.detach() if isinstance(value, Tensor) else float(value)
-            self._named.setdefault(name, []).append(kept)
+            self._named.setdefault(name, []).append((kept, self._weight))
+
+    def weigh(self, samples: int) -> None:
+        """Let what is noted from now on, until the segment is closed, stand for these samples."""
+        self._weight = [float(samples)]
 
     def close_segment(self, samples: int, weights: list[int] | None = None) -> None:
         """Fold the losses of a segment into one sum over its samples; does not wait.
@@ -57,8 +64,11 @@ class Recorder:
             samples: real samples of the segment on this rank.
             weights: samples of each batch where they are not all equal.
         """
+        self._weight = self._segment_weight
         if not self.losses:
             return
+        self._weight[0] = samples / len(self.losses)
+        self._segment_weight = self._weight = [1.0]
         losses = torch.stack(self.losses)
         if weights is None:
             total = losses.mean(dtype=torch.float64) * samples
@@ -76,7 +86,10 @@ class Recorder:
         grad_norm: Tensor | None = None,
         seconds: float = 0.0,
     ) -> Totals:
-        """Add up over all ranks: one reduction, one read. Every rank must call it.
+        """Add up over all ranks. Every rank must call it.
+
+        It is one reduction and one read, and where scalars were noted by name a second of each:
+        how many there are has to be known to be equal before they are added up.
 
         Args:
             stop: this rank asks for the end of the run.
@@ -120,22 +133,24 @@ class Recorder:
     def _reduce_named(self, names: list[str]) -> dict[str, float]:
         if not names:
             return {}
-        means = torch.stack([self._mean(self._named[name]) for name in names])
-        counts = means.new_tensor([len(self._named[name]) for name in names])
-        table = self._ranks.sum(torch.stack([means, counts])) / self._ranks.world_size
+        table = self._ranks.sum(torch.stack([self._sums(self._named[name]) for name in names]))
         self._named.clear()
-        found, numbers = (dict(zip(names, row, strict=True)) for row in table.tolist())
-        for name, mean in found.items():
+        found = {}
+        for name, (total, weight) in zip(names, table.tolist(), strict=True):
+            if weight:
+                found[name] = total / weight
             before, counted = self.epoch_sums.get(name, (0.0, 0.0))
-            self.epoch_sums[name] = before + mean * numbers[name], counted + numbers[name]
+            self.epoch_sums[name] = before + total, counted + weight
         return found
 
     def end_epoch(self) -> dict[str, float]:
         """Return the means over the epoch that has ended, as ``<name>/epoch``, and begin anew."""
         sums, self.epoch_sums = self.epoch_sums, {}
-        return {of_epoch(name): total / count for name, (total, count) in sums.items()}
+        return {of_epoch(name): total / count for name, (total, count) in sums.items() if count}
 
-    def _mean(self, values: list[Any]) -> Tensor:
+    def _sums(self, notes: list[tuple[Any, list[float]]]) -> Tensor:
+        """The sum of the values, each times its samples, and the sum of these."""
         device = self._ranks.env.device
-        tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-        return torch.stack(tensors).mean()
+        tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v, _ in notes]
+        weights = tensors[0].new_tensor([samples for _, (samples,) in notes])
+        return torch.stack([(torch.stack(tensors) * weights).sum(), weights.sum()])

@@ -84,7 +84,9 @@ class TrainingRun:
         """Take the parts of the run; again once those that want the run have been bound to it."""
         self.wiring = wiring
         self.plan: Plan = wiring.plan
-        self.weigher = Weigher(wiring.feed.loader, wiring.ranks.world_size, self.position)
+        self.weigher = Weigher(
+            wiring.feed.loader, wiring.ranks.world_size, self.position, wiring.recorder
+        )
         self.borders = Borders(self)
         self.model: Any
         self._own: OwnLoop | SeveralLoop
@@ -166,7 +168,7 @@ class TrainingRun:
     # ---- at any time -----------------------------------------------------------------------------
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Keep scalars until the next border, where their means are logged."""
+        """Keep scalars until the next border, which logs their means over all samples."""
         self.wiring.recorder.note(metrics)
 
     def say(self, line: str) -> None:
