@@ -5,15 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
-from tests.deepspeed.runs import by_hand, by_zero, training_of
+from tests.deepspeed.runs import (
+    Training,
+    branching_steps,
+    by_engine,
+    by_hand,
+    by_zero,
+    told,
+    training_of,
+)
 from torchweld.errors import RunError
-from torchweld.testing import run_ranks
+from torchweld.testing import models, run_ranks
 from torchweld.testing.processes import RanksFailed
 
 COMPILES = bool(shutil.which("g++") and shutil.which("ninja"))
@@ -88,3 +98,51 @@ def test_what_waits_on_a_drive_trains_as_in_memory(tmp_path: Path) -> None:
     assert found[0].losses == pytest.approx(expected[0].losses, abs=1e-4)
     with pytest.raises(RanksFailed, match="on the drive between two steps"):
         run_ranks(by_zero, 2, training, {"stage": 3, **drive}, timeout_seconds=COMPILING_SECONDS)
+
+
+class Wide(models.Branching):
+    """Wide enough for both halves of its branch to go to the drive: 1 MiB and more each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(models.NUM_FEATURES, width)
+        self.side = nn.Linear(width, width)
+        self.head = nn.Linear(width, models.NUM_CLASSES)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not has_libaio(), reason="needs g++, ninja and libaio-dev")
+@pytest.mark.parametrize("more", [{}, {"offload_params": "nvme"}], ids=["optimizer", "both"])
+def test_a_gradient_of_an_earlier_step_is_not_read_from_the_drive(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    training = Training(partial(Wide, 768), branching_steps(), clip=None)
+    drive = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path / "here"), **more}
+    alone = told(3, offload_optimizer={"device": "nvme", "nvme_path": str(tmp_path / "alone")})
+    run = partial(run_ranks, timeout_seconds=COMPILING_SECONDS)
+    expected = run(partial(by_hand, zeros=True), 2, training)
+
+    found = run(partial(by_zero, keeps_state=False), 2, training, {"stage": 3, **drive})
+    stale = run(by_engine, 2, training, alone)
+
+    assert any((tmp_path / "here").rglob("*_gradient_*"))
+    assert found[0].losses == pytest.approx(expected[0].losses, abs=1e-6)
+    assert stale[0].losses != pytest.approx(expected[0].losses, abs=1e-4)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not has_libaio(), reason="needs g++, ninja and libaio-dev")
+def test_a_gradient_that_is_not_read_back_from_the_drive_is_refused(tmp_path: Path) -> None:
+    steps = tuple(replace(step, forward={"branch": True}) for step in branching_steps())
+    training = Training(partial(Wide, 800), steps, clip=None)
+    drive = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path / "here")}
+    alone = told(3, offload_optimizer={"device": "nvme", "nvme_path": str(tmp_path / "alone")})
+    run = partial(run_ranks, timeout_seconds=COMPILING_SECONDS)
+    expected = run(by_hand, 2, training)
+
+    wrong = run(by_engine, 2, training, alone)
+
+    # Every parameter is used in every step.
+    assert wrong[0].losses != pytest.approx(expected[0].losses, abs=1e-4)
+    with pytest.raises(RanksFailed, match=r"'side\.weight' back from the drive.* byte 54400"):
+        run(partial(by_zero, keeps_state=False), 2, training, {"stage": 3, **drive})

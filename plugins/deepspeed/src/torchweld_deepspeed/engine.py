@@ -57,6 +57,11 @@ class Engine:
     notes: tuple[str, ...]
 
     @property
+    def on_drive(self) -> bool:
+        """Whether pieces, optimizer state and gradients are on a drive between two steps."""
+        return self.stage == 3 and self.zero is not None and bool(self.zero.swap_optimizer)
+
+    @property
     def flats(self) -> list[Tensor]:
         """The pieces of this rank in fp32, laid end to end, one tensor for each group or more."""
         if self.zero is None:

@@ -22,6 +22,7 @@ from torchweld.strategies.replicated import (
     set_mode,
 )
 from torchweld_deepspeed.config import make_config
+from torchweld_deepspeed.drive import check_readable, trained_ids
 from torchweld_deepspeed.engine import (
     Engine,
     build_in_pieces,
@@ -102,6 +103,8 @@ class DeepSpeedStrategy:
         request = replace(request, optimizer=factory)
         made = make_engine(model, request, config, verbose=self.options.verbose)
         self._engines.append(made.engine)
+        if made.on_drive:
+            check_readable(made.zero, model)
         if config["zero_optimization"]["memory_efficient_linear"] and self._put_back is None:
             self._put_back = replace_linear()
         return _Preparing(made, model, request).prepared()
@@ -192,12 +195,17 @@ class _Preparing:
 
         A parameter that gets no gradient in a step would be moved by its last one again: at stage
         3, and at every stage with an offloaded optimizer, whose buffers are only ever copied into.
+        Gradients on a drive are files that are never cleared: before a step all are written anew.
         """
         engine, stage = self.made.engine, self.made.stage
         zero: Any = self.made.zero
         flats = self.made.flats if self.made.offloads else []
+        on_drive = self.made.on_drive
+        trained = trained_ids(zero) if on_drive else []
 
         def step() -> bool:
+            if on_drive:
+                zero._offload_boundary_param_ids.update(trained)  # else only those used just now
             engine.step()
             if stage == 3:
                 zero.grad_partitions_flat_buffer.zero_()
