@@ -214,7 +214,8 @@ def without_equivalent() -> Any:
 def test_what_the_user_chose_replaces_the_datasets_transform_and_the_note_says_so(
     folder: Path, tmp_path: Path, transform: Any
 ) -> None:
-    dataset, kept = ImageFolder(folder, transform()), {"cache_dir": str(tmp_path)}
+    dataset = ImageFolder(folder, transform())
+    kept: Any = {"cache_dir": str(tmp_path)}
 
     ours = load(dataset, batch_size=4, spec={"image": image(crop="center", size=16)}, **kept)
     theirs = load(dataset, batch_size=4, pipelines={"image": None}, **kept)
