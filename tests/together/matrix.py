@@ -379,8 +379,8 @@ def page(rows: dict[Cell, Row]) -> Iterator[str]:
         f"Run on {time.strftime('%Y-%m-%d')} with Python {platform.python_version()}, {versions}; "
         f"{platform.machine()} CPU, gloo, two processes (`single`: one). {len(rows)} runs; in "
         f"{len(rows) - len(wrong)} the verdict is what happened, of which {len(strict)} are "
-        "refused although nothing went wrong when they were forced: stricter than needed, each "
-        "with why."
+        "refused although nothing goes wrong when they are forced, or run by hand where they "
+        "cannot be: stricter than needed, each with why."
     )
     yield ""
     yield from grid(rows)
