@@ -363,7 +363,8 @@ def test_each_model_may_have_its_schedule_by_epoch_or_by_a_metric(tmp_path: Path
         for batch in run.batches():
             step_both(run, batch)
             for name, seen in rates.items():
-                seen.append(run.models[name].optimizer.param_groups[0]["lr"])
+                optimizer: Any = run.models[name].optimizer
+                seen.append(optimizer.param_groups[0]["lr"])
 
     by_epoch = [rate for rate in (0.1, 0.01, 0.001) for _ in range(BATCHES)]
     by_metric = [rate for rate in (0.2, 0.2, 0.1) for _ in range(BATCHES)]  # the first is the best

@@ -80,7 +80,8 @@ def check_repeatable(source: Source, fields: SampleFields, beginning: Beginning)
             raise ConversionError(
                 f"sample {index} of {source.label} is another one each time it is read: a random "
                 "transform would be drawn once and stay in the file; give the dataset without it "
-                "and augment while reading, or set allow_random=True",
+                "and augment while reading, or keep what is drawn once, by hand: "
+                "torchweld_ffcv.convert(…, allow_random=True)",
                 index,
             )
 
